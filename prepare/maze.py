@@ -1,0 +1,155 @@
+"""Build a dataset of mazes: 30x30 from the hub or CSV files, or generated here.
+
+    python prepare/maze.py                              # Maze-Hard, the paper's
+    python prepare/maze.py --source generate --size 12  # no network
+
+A CSV holds source,question,answer,rating; a board is size * size of '# SGo':
+wall, free, start, goal, path (answers only), tokens 1 to 5 (0 is padding).
+Equal seeds give the bytes of the published builder.
+"""
+import argparse
+import sys
+import zlib
+from itertools import count
+from math import isqrt
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import UserError, cli, dihedral, write_dataset
+from prepare.sudoku import add_flags, generate, parse, read_csv, read_splits, recipe, subsample
+
+REPO = "sapientinc/maze-30x30-hard-1k"
+WALL, FREE, START, GOAL, PATH = range(1, 6)
+STEPS = (-1, 0), (0, 1), (1, 0), (0, -1)
+
+
+def distance(open_cells, start, goal):
+    """Steps from start to goal through open cells, -1 where there is no way: (N, H, W) bool each -> (N,) int."""
+    reached, found = start & open_cells, np.full(len(start), -1)
+    for steps in count():
+        found[(found < 0) & (reached & goal).any((1, 2))] = steps
+        grown = reached.copy()
+        grown[:, 1:] |= reached[:, :-1]
+        grown[:, :-1] |= reached[:, 1:]
+        grown[:, :, 1:] |= reached[:, :, :-1]
+        grown[:, :, :-1] |= reached[:, :, 1:]
+        grown &= open_cells
+        if (found >= 0).all() or (grown == reached).all():
+            return found
+        reached = grown
+
+
+def check(question, answer, width, shortest=True):
+    """Is `answer` the question with a path from S to G on free cells, and a shortest one (False: any that is unbroken)?
+    (..., H * width) tokens each -> (...) bool."""
+    q, a = (np.asarray(x).reshape(-1, x.shape[-1] // width, width) for x in (question, answer))
+    start, goal, path = q == START, q == GOAL, a == PATH
+    kept = np.where(path, FREE, a) == np.where(q == PATH, 0, q)  # a question has no path yet
+    ends = (start.sum((1, 2)) == 1) & (goal.sum((1, 2)) == 1)
+    steps = distance(path | start | goal, start, goal)
+    right = kept.all((1, 2)) & ends & (steps >= 0)
+    if shortest:
+        right &= (steps == distance(q != WALL, start, goal)) & (steps == path.sum((1, 2)) + 1)
+    return right.reshape(question.shape[:-1])
+
+
+def carve(rng, size):
+    """(size, size) bool, True for walls: rooms at odd coordinates, joined by a depth-first walk, then one inner wall in
+    fifty opened, which makes loops."""
+    wall = np.ones((size, size), bool)
+    wall[1, 1], walk = False, [(1, 1)]
+    while walk:
+        r, c = walk[-1]
+        ways = [(dr, dc) for dr, dc in STEPS if 0 < r + 2 * dr < size - 1 and 0 < c + 2 * dc < size - 1
+                and wall[r + 2 * dr, c + 2 * dc]]
+        if ways:
+            dr, dc = ways[rng.randint(len(ways))]
+            wall[r + dr, c + dc] = wall[r + 2 * dr, c + 2 * dc] = False
+            walk.append((r + 2 * dr, c + 2 * dc))
+        else:
+            walk.pop()
+    wall[1:-1, 1:-1] &= rng.rand(size - 2, size - 2) >= 0.02
+    return wall
+
+
+def neighbours(cell):
+    return [(cell[0] + dr, cell[1] + dc) for dr, dc in STEPS]
+
+
+def explore(wall, start):
+    """{cell: steps from start} and {cell: number of shortest paths from start}, nearest cells first."""
+    steps, ways, queue = {start: 0}, {start: 1}, [start]
+    for cell in queue:
+        for near in neighbours(cell):
+            if not wall[near] and steps.setdefault(near, steps[cell] + 1) > steps[cell]:
+                if near not in ways:
+                    queue.append(near)
+                ways[near] = ways.get(near, 0) + ways[cell]
+    return steps, ways
+
+
+def make_maze(rng, size, min_path):
+    """A random maze with a single shortest path from S to G, of min_path steps or more: question, answer, kinship.
+
+    Kinship is an integer that is equal for turned and mirrored copies of a maze.
+    """
+    for _ in range(200):
+        wall = carve(rng, size)
+        free = np.argwhere(~wall).tolist()
+        start = tuple(free[rng.randint(len(free))])
+        steps, ways = explore(wall, start)
+        goals = [cell for cell in steps if ways[cell] == 1 and steps[cell] >= min_path]
+        if goals:
+            break
+    else:
+        raise UserError(f"--min-path {min_path} was not reached in 200 mazes of --size {size}; the last one's longest "
+                        f"has {max(steps.values())} steps; ask for less")
+    goal = cell = goals[rng.randint(len(goals))]
+    question = np.where(wall, WALL, FREE).astype(np.uint8)
+    question[start], question[goal] = START, GOAL
+    answer = question.copy()
+    for _ in range(steps[goal] - 1):
+        cell = next(near for near in neighbours(cell) if steps.get(near) == steps[cell] - 1)
+        answer[cell] = PATH
+    return question.ravel(), answer.ravel(), sum(zlib.crc32(dihedral(question, t).tobytes()) for t in range(8))
+
+
+def build(argv=None):
+    """Build what the command line (a list of strings) describes; returns the dataset's folder."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser, REPO)
+    parser.add_argument("--size", type=int, default=30, metavar="N", help="of generated mazes (default %(default)s)")
+    parser.add_argument("--min-path", type=int, metavar="N",
+                        help="least steps of generated paths (default size * size / 8, at most 4 * size)")
+    parser.add_argument("--aug", action="store_true", help="training mazes in all eight turned and mirrored forms")
+    parser.add_argument("--output-dir", metavar="DIR", help="default data/maze-30x30-hard-1k or the like")
+    args = parse(parser, argv, size=range(5, 101), min_path=range(1, 10 ** 4))
+    rng = np.random.RandomState(args.seed)
+    if args.source == "generate":
+        min_path = min(args.size ** 2 // 8, 4 * args.size) if args.min_path is None else args.min_path
+        splits, files = generate(lambda: make_maze(rng, args.size, min_path), args.num_train, args.num_test), {}
+    else:
+        def read(path):
+            return read_csv(path, dict(zip("# SGo", range(1, 6))), [k * k for k in range(5, 101)],
+                            lambda q, a: check(q, a, isqrt(q.shape[1]), shortest=False))
+        splits, files = read_splits(args.source, REPO, rng, args.num_test, read)
+    train, size = subsample(rng, splits["train"], args.subsample_size), isqrt(splits["test"].shape[2])
+    if args.aug:
+        grids = train.reshape(2, -1, size, size)
+        train = np.stack([dihedral(grids, t) for t in range(8)], axis=2).reshape(2, -1, size * size)
+    name = {"hf": "30x30-hard-1k", "generate": f"{size}x{size}"}.get(args.source, Path(args.source).stem)
+    folder = Path(args.output_dir or f"data/maze-{name}")
+    write_dataset(folder, {"train": train, "test": splits["test"]}, 6,
+                  recipe("maze", args, source=name, size=size, files=files), group_size=8 if args.aug else 1)
+    return folder
+
+
+def main(argv=None):
+    build(argv)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,840 @@
+"""Train a TRM.
+
+    python train.py                                      mini: 6x6 Sudoku, on a laptop
+    torchrun --nproc_per_node=8 train.py --preset arc1   the speedrun setting
+    python train.py --preset sudoku --global-batch-size 768 --lr 1e-4
+    python train.py --resume runs/arc1-20260102-030405   goes on where it stopped
+    python train.py --plot runs/A runs/B                 the curves of runs
+"""
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import eval as scoring
+from data import Cursor, HelpFormatter, Split, UserError, cli, exploration, prefetch, training_order
+from model import LOG_PROBS, SCORE_MODS, TRM, Batch, Carry, CheckpointError, Config, act_loss, build, compile_model, \
+    load_file, metric_names, save_file
+
+# What each task changes (SPEC: the paper's Table and the 8-GPU reproduction). A flag on the command line wins.
+SUDOKU = dict(data=["data/sudoku-extreme-1k-aug-1000"], epochs=50_000, eval_interval=5_000, weight_decay=1.0,
+              puzzle_emb_weight_decay=1.0, puzzle_emb_lr=1e-4)
+ARC = dict(epochs=100_000, eval_interval=5_000)
+PRESETS = {
+    "mini": dict(data=["data/sudoku-6x6-mini"], mixer="mlp", pos_encodings="none", hidden_size=64, num_heads=1,
+                 H_cycles=2, L_cycles=4, puzzle_emb_len=1, puzzle_emb_ndim=64, global_batch_size=64, dtype="auto",
+                 lr=4e-3, puzzle_emb_lr=4e-3, weight_decay=0.5, puzzle_emb_weight_decay=0.5, lr_warmup_steps=100,
+                 lr_min_ratio=0.0, ema=0.99, ema_warmup=True, epochs=58, eval_interval=29, log_interval=10),
+    "sudoku": dict(SUDOKU, mixer="mlp", pos_encodings="none"),
+    "sudoku-att": SUDOKU,
+    "maze": dict(SUDOKU, data=["data/maze-30x30-hard-1k"], L_cycles=4),
+    "arc1": dict(ARC, data=["data/arc1concept-aug-1000"]),
+    "arc2": dict(ARC, data=["data/arc2concept-aug-1000"]),
+}
+# Shapes of the presets' data, for --bench and for estimates on a machine that does not have it.
+SHAPES = {"mini": (8, 36, 1, 1000, 1.0), "sudoku": (11, 81, 1, 1000, 1.0), "sudoku-att": (11, 81, 1, 1000, 1.0),
+          "maze": (6, 900, 1, 1000, 1.0), "arc1": (12, 900, 876_406, 960, 4.1458), "arc2": (12, 900, 1_191_730, 1280, 4.0)}
+LIMIT_REACHED = 1   # why a run stops: this, or the number of a signal
+MATTERS = ("global_batch_size", "seed", "eval_interval", "grad_accum", "optimizer")  # cannot change on resume
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+def parser(suppress=False):
+    """The flags. suppress: leave out what is not on the command line, to tell it from a default."""
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter,
+                                argument_default=argparse.SUPPRESS if suppress else None)
+
+    def flag(group, name, default, text, **kind):
+        if not kind and default is not None:
+            kind = dict(type=type(default))
+        if suppress:
+            group.add_argument(name, **kind)
+        else:
+            group.add_argument(name, default=default, help=text, **kind)
+    onoff = dict(action=argparse.BooleanOptionalAction)
+
+    g = p.add_argument_group("what")
+    flag(g, "--preset", "mini", "a task with its settings", choices=list(PRESETS))
+    flag(g, "--data", None, "dataset folders, joined", nargs="+", metavar="DIR")
+    flag(g, "--data-test", None, "folders for the test split (default: as --data)", nargs="+", metavar="DIR")
+    flag(g, "--seed", 0, "of weights, data order and exploration")
+    g = p.add_argument_group("model")
+    flag(g, "--mixer", "attn", "mixes positions", choices=["attn", "mlp"])
+    flag(g, "--pos-encodings", "rope", "for attn", choices=["rope", "learned", "none"])
+    flag(g, "--score-mod", "none", "of attention scores", choices=list(SCORE_MODS))
+    flag(g, "--hidden-size", 512, "D")
+    flag(g, "--num-heads", 8, "of attention")
+    flag(g, "--num-layers", 2, "blocks in the net")
+    flag(g, "--expansion", 4.0, "of the SwiGLU")
+    flag(g, "--puzzle-emb-len", 16, "prefix positions")
+    flag(g, "--puzzle-emb-ndim", 512, "width of the puzzle table")
+    flag(g, "--H-cycles", 3, "T, rounds per supervision step")
+    flag(g, "--L-cycles", 6, "n, latent updates per round")
+    flag(g, "--halt-max-steps", 16, "N_sup, supervision steps")
+    flag(g, "--halt-exploration-prob", 0.1, "draws a least number of steps")
+    flag(g, "--halt-tolerance", 0.01, "regression: a row is right below it")
+    flag(g, "--q-continue", False, "Q-learning halting (HRM)", **onoff)
+    flag(g, "--loss", "stablemax", "of the tokens", choices=list(LOG_PROBS))
+    flag(g, "--dtype", "bfloat16", "of activations; auto: the faster", choices=["bfloat16", "float32", "auto"])
+    g = p.add_argument_group("training")
+    flag(g, "--global-batch-size", 1536, "rows over all ranks")
+    flag(g, "--grad-accum", 1, "parts of a rank's batch, one after another")
+    flag(g, "--epochs", 1, "passes over the groups")
+    flag(g, "--eval-interval", 1, "epochs between evaluations")
+    flag(g, "--optimizer", "adamatan2", "muon: for the block matrices", choices=["adamatan2", "muon"])
+    flag(g, "--lr", 2e-4, "learning rate")
+    flag(g, "--muon-lr", 0.02, "of muon's matrices")
+    flag(g, "--puzzle-emb-lr", 1e-2, "of the puzzle table's SignSGD")
+    flag(g, "--weight-decay", 0.1, "per step: lr * this")
+    flag(g, "--puzzle-emb-weight-decay", 0.1, "likewise")
+    flag(g, "--beta1", 0.9, "of AdamATan2")
+    flag(g, "--beta2", 0.95, "of AdamATan2")
+    flag(g, "--grad-clip", 0.0, "norm of the gradient at most (0: off)")
+    flag(g, "--lr-warmup-steps", 4000, "linear")
+    flag(g, "--lr-min-ratio", 1.0, "where the cosine ends (1: constant)")
+    flag(g, "--ema", 0.999, "decay of the averaged weights (0: off)")
+    flag(g, "--ema-warmup", False, "shorter average at the start", **onoff)
+    flag(g, "--freeze-weights", False, "train the puzzle table only", **onoff)
+    flag(g, "--max-steps", None, "stop there", type=int)
+    flag(g, "--max-minutes", None, "stop then", type=float)
+    g = p.add_argument_group("run")
+    flag(g, "--run-dir", None, "default runs/PRESET-TIME", metavar="DIR")
+    flag(g, "--checkpoint-path", None, "default the run folder", metavar="DIR")
+    flag(g, "--checkpoint-interval", None, "steps; also saved at evaluations", type=int)
+    flag(g, "--keep-last", None, "checkpoints to keep (default all)", type=int)
+    flag(g, "--monitor", "val/exact_acc", "what best.ckpt is best in (none: off)")
+    flag(g, "--monitor-mode", "max", "or min", choices=["max", "min"])
+    flag(g, "--on-save-error", "stop", "disk full: stop or go on", choices=["stop", "continue"])
+    flag(g, "--resume", None, "a run or checkpoint (alone: the newest)", nargs="?", const="newest", metavar="PATH")
+    flag(g, "--eval-limit", None, "score this many examples only", type=int)
+    flag(g, "--log-interval", 10, "steps")
+    flag(g, "--skip-sanity-checks", False, "at the start", **onoff)
+    flag(g, "--wandb", None, "log there too", metavar="PROJECT")
+    flag(g, "--device", "auto", "to run on", choices=["auto", "cuda", "mps", "cpu"])
+    flag(g, "--compile", True, "torch.compile", **onoff)
+    flag(g, "--compile-unit", "net", "what is one graph", choices=["net", "cycle", "step"])
+    flag(g, "--dist-timeout", 600.0, "seconds until a dead rank ends the run")
+    flag(g, "--allow-cpu", False, "train a big preset without a GPU", **onoff)
+    flag(g, "--plot", None, "draw the curves of runs, and stop", nargs="+", metavar="RUN")
+    flag(g, "--bench", None, "time N steps, and stop", nargs="?", const=10, type=int, metavar="N")
+    return p
+
+
+def settings(argv):
+    """(args, checkpoint or None): defaults, then the preset, then a resumed run's settings, then flags."""
+    parser().parse_args(argv)   # prints the help, or what is wrong
+    given = vars(parser(suppress=True).parse_args(argv))
+    checkpoint = None
+    values = vars(parser().parse_args([]))
+    resume = given.get("resume") or ("newest" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None)
+    if resume:
+        path = newest_run(given.get("preset", "mini"), given.get("run_dir")) if resume == "newest" else Path(resume)
+        if path is None and "resume" in given:
+            raise UserError(f"--resume: no run of preset {given.get('preset', 'mini')} with a checkpoint under runs/; name one")
+        if path is not None:
+            checkpoint, path = find_checkpoint(path)
+            values.update(checkpoint["settings"], resume=str(path), max_steps=None, max_minutes=None)
+            values["run_dir"] = values["run_dir"] if path.parent == Path(checkpoint["path"]) else str(path.parent)
+            values["checkpoint_path"] = str(path.parent)
+    if checkpoint is None:
+        values.update(PRESETS[given.get("preset", values["preset"])])
+    args = argparse.Namespace(**{**values, **given, "resume": values["resume"]})
+    if checkpoint is not None:
+        for name in given.keys() & checkpoint["settings"].keys() - {"resume"}:
+            old, new = checkpoint["settings"][name], given[name]
+            if old != new and name in MATTERS:
+                raise UserError(f"--{name.replace('_', '-')} {new} differs from the run's {old}; a run cannot change it: "
+                                f"leave it out, or begin a new run")
+            if old != new:
+                print(f"resume: {name} {old} -> {new}")
+    return args, checkpoint
+
+
+def check(args, world):
+    """What the flags must satisfy together. Raises UserError."""
+    G, parts = args.global_batch_size, world.size * args.grad_accum
+    if G < 1 or G % parts:
+        near = max(parts, G // parts * parts)
+        ranks = f"{world.size} ranks" + (f" x {args.grad_accum} parts" if args.grad_accum > 1 else "")
+        raise UserError(f"--global-batch-size {G} is not a multiple of {ranks}; use {near} or {near + parts}")
+    if args.mixer == "attn" and args.hidden_size % (2 * args.num_heads):
+        raise UserError(f"--hidden-size {args.hidden_size} does not give {args.num_heads} heads of even width; "
+                        f"use a multiple of {2 * args.num_heads}")
+    if args.puzzle_emb_ndim > args.puzzle_emb_len * args.hidden_size:
+        raise UserError(f"--puzzle-emb-ndim {args.puzzle_emb_ndim} is wider than --puzzle-emb-len {args.puzzle_emb_len} x "
+                        f"--hidden-size {args.hidden_size}; lower it to {args.puzzle_emb_len * args.hidden_size}")
+    for name in ("epochs", "eval_interval", "log_interval", "num_layers", "H_cycles", "L_cycles", "halt_max_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is below 1; use 1 or more")
+
+
+def config_of(args, meta):
+    """The model's Config: sizes from dataset.json, the rest from the flags of the same names."""
+    sizes = dict(vocab_size=meta["vocab_size"], seq_len=meta["seq_len"], num_puzzles=meta["num_puzzle_identifiers"],
+                 input_dim=meta.get("input_dim", 0), target_dim=meta.get("target_dim", 0))
+    return Config(**sizes, **{f.name: getattr(args, f.name) for f in fields(Config) if f.name not in sizes})
+
+
+def fastest_dtype(device):
+    """bfloat16 on a GPU; on a CPU, whichever of bfloat16 and float32 multiplies matrices faster here."""
+    if device.type != "cpu":
+        return "bfloat16" if device.type == "cuda" else "float32"
+
+    def seconds(dtype):
+        a, times = torch.ones(1024, 1024, dtype=dtype), []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        return min(times)
+    return "bfloat16" if seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimizers
+
+class Flat:
+    """All parameters of a model in one float32 buffer and their gradients in another, so that an optimizer step,
+    an all-reduce or an average is one operation. The parameters become views; each begins at a multiple of 64."""
+
+    def __init__(self, model):
+        self.params = dict(model.named_parameters())
+        self.starts, end = {}, 0
+        for name, p in self.params.items():
+            self.starts[name] = end
+            end += -(-p.numel() // 64) * 64
+        self.data = torch.zeros(end, device=model.y0.device)
+        self.grad = torch.zeros_like(self.data)
+        for (name, p), view, grad in zip(self.params.items(), self.views(self.data).values(), self.views(self.grad).values()):
+            view.copy_(p.detach())
+            p.data, p.grad = view, grad
+
+    def views(self, buffer):
+        """{parameter name: its part of a buffer of this layout}"""
+        return {n: buffer[self.starts[n]:self.starts[n] + p.numel()].view(p.shape) for n, p in self.params.items()}
+
+
+def schedule(step, total_steps, warmup, min_ratio):
+    """Factor of the learning rate at a step, counted from 1: linear warm-up, then cosine down to min_ratio."""
+    if step < warmup:
+        return step / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class AdamATan2:
+    """Adam with atan2 in place of the division by sqrt(v) + eps (arXiv 2407.05872), on a flat buffer.
+
+    The first moment's bias correction stands outside the atan2, as in the published training code."""
+
+    def __init__(self, size, device, beta1, beta2, weight_decay):
+        self.m, self.v = torch.zeros(size, device=device), torch.zeros(size, device=device)
+        self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
+
+    def step(self, p, grad, lr, t):
+        """Update p in place from its gradient; t counts from 1."""
+        p.mul_(1 - lr * self.weight_decay)
+        self.m.lerp_(grad, 1 - self.beta1)
+        self.v.lerp_(grad.square(), 1 - self.beta2)
+        denominator = self.v.sqrt().div_(math.sqrt(1 - self.beta2 ** t))
+        p.add_(torch.atan2(self.m, denominator), alpha=-lr / (1 - self.beta1 ** t))
+
+
+def sign_sgd(table, ids, grads, lr, weight_decay):
+    """SignSGD with weight decay on the rows `ids` of the puzzle table, in place.
+
+    ids (G,), grads (G, ndim) of the global batch; gradients of the same puzzle are summed. Static shapes and no
+    host synchronisation: sorted ids are numbered by segments, and duplicates write equal rows.
+    """
+    ids, order = ids.long().sort(stable=True)
+    segment = torch.cat((ids.new_zeros(1), (ids[1:] != ids[:-1]).long())).cumsum(0)
+    total = torch.zeros_like(grads).index_add_(0, segment, grads[order])[segment]
+    table.index_copy_(0, ids, table[ids] * (1 - lr * weight_decay) - lr * total.sign())
+
+
+# ---------------------------------------------------------------------------------------------
+# State of a run, and its checkpoints
+
+class Run:
+    """All that changes while training, and how it is saved: weights, optimizers, EMA, carry, counters, data cursor."""
+
+    def __init__(self, args, cfg, world, checkpoint=None, epoch_rows=1):
+        self.args, self.cfg, self.world, self.epoch_rows = args, cfg, world, epoch_rows
+        generator = torch.Generator().manual_seed(args.seed)
+        self.model = (build(cfg, checkpoint["model"]) if checkpoint else TRM(cfg, generator)).to(world.device).train()
+        if args.freeze_weights:
+            self.model.requires_grad_(False)
+        self.flat = Flat(self.model)
+        self.adam = AdamATan2(len(self.flat.data), world.device, args.beta1, args.beta2, args.weight_decay)
+        self.ema = self.flat.data.clone() if args.ema else None
+        self.rows = args.global_batch_size // world.size            # of this rank
+        part = self.rows // args.grad_accum
+        self.deltas = [torch.zeros(part, cfg.puzzle_emb_ndim, device=world.device, requires_grad=True)
+                       for _ in range(args.grad_accum)]
+        self.carries = None
+        self.sums = torch.zeros(len(metric_names(cfg)), device=world.device)   # since the last log line
+        self.nan_step = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.step, self.logged_step, self.cursor = 0, 0, Cursor()
+        self.best, self.train_s, self.logged_s = None, 0.0, 0.0
+
+    def restore(self, checkpoint):
+        """Everything but the weights, which the constructor took."""
+        for buffer, name in ((self.ema, "ema"), (self.adam.m, "m"), (self.adam.v, "v")):
+            if buffer is not None and checkpoint[name] is not None:
+                for key, view in self.flat.views(buffer).items():
+                    view.copy_(checkpoint[name][key])
+        self.step, self.logged_step, self.best = checkpoint["step"], checkpoint["logged_step"], checkpoint["best"]
+        self.train_s = self.logged_s = checkpoint["train_s"]
+        self.cursor = unpack_cursor(checkpoint["cursor"])
+        if self.world.rank == 0:   # the sums of all ranks were added up when they were saved
+            self.sums.copy_(checkpoint["sums"])
+        if checkpoint["carry"] is None:
+            print("resume: the checkpoint holds no carry; every row begins a new puzzle")
+            return
+        mine = [t[self.world.rank * self.rows:(self.world.rank + 1) * self.rows].to(self.world.device)
+                for t in checkpoint["carry"]]
+        self.carries = [Carry(*part) for part in zip(*(t.chunk(self.args.grad_accum) for t in mine))]
+
+    def checkpoint(self, split):
+        """The content of a checkpoint file (rank 0; None elsewhere). A collective: every rank calls it."""
+        carry = [self.world.gather(torch.cat(parts)) for parts in zip(*self.carries)] if self.carries else None
+        sums = self.world.sum(self.sums.clone())
+        if self.world.rank:
+            return None
+
+        def copy(buffer):
+            return None if buffer is None else {k: v.cpu().clone() for k, v in self.flat.views(buffer).items()}
+        return {
+            "config": asdict(self.cfg), "model": {k: v.cpu().clone() for k, v in self.model.state_dict().items()},
+            "ema": copy(self.ema), "m": copy(self.adam.m), "v": copy(self.adam.v),
+            "carry": carry and [t.cpu() for t in carry], "sums": sums.cpu(), "cursor": pack_cursor(self.cursor),
+            "step": self.step, "logged_step": self.logged_step, "epoch": self.epoch, "best": self.best,
+            "train_s": self.train_s, "identity": split.identity, "recipe": split.recipe,
+            "data": [str(d) for d in split.dirs], "data_test": self.args.data_test or [str(d) for d in split.dirs],
+            "settings": {k: v for k, v in vars(self.args).items() if k not in ("resume", "plot", "bench", "max_steps", "max_minutes")},
+            "path": str(self.args.checkpoint_path), "torch": torch.__version__}
+
+    @property
+    def epoch(self):
+        return self.step * self.args.global_batch_size / self.epoch_rows
+
+    def with_ema(self):
+        """Swap the averaged weights in (and, called again, out)."""
+        if self.ema is not None:
+            held = self.flat.data.clone()
+            self.flat.data.copy_(self.ema)
+            self.ema.copy_(held)
+
+
+def pack_cursor(cursor):
+    """A Cursor as plain numbers, which a weights_only checkpoint may hold."""
+    def plain(v):
+        return {k: plain(x) for k, x in v.items()} if isinstance(v, dict) else [int(x) for x in v] if isinstance(v, np.ndarray) else v
+    return [cursor.iteration, cursor.position, plain(cursor.rng)]
+
+
+def unpack_cursor(packed):
+    iteration, position, rng = packed
+    if rng is not None:
+        state = {k: np.array(v, dtype=np.uint64) for k, v in rng["state"].items()}
+        rng = {**rng, "state": state, "buffer": np.array(rng["buffer"], dtype=np.uint64)}
+    return Cursor(iteration, position, rng)
+
+
+def checkpoints(folder):
+    """Step checkpoints of a folder, the newest first."""
+    return sorted(Path(folder).glob("step_*.ckpt"), reverse=True)
+
+
+def newest_run(preset, run_dir=None):
+    """The run folder that was saved to last, among those of a preset (or just run_dir), or None."""
+    folders = [Path(run_dir)] if run_dir else Path("runs").glob(f"{preset}-*")
+    return max((f for f in folders if (f / "latest.txt").exists()), key=lambda f: (f / "latest.txt").stat().st_mtime, default=None)
+
+
+def find_checkpoint(path):
+    """(content, file) of a checkpoint file, or of the newest good one of a run folder; damaged ones are named."""
+    if path.is_file() or path.suffix == ".ckpt":
+        return load_file(path), path
+    candidates = checkpoints(path)
+    latest = path / "latest.txt"
+    if latest.exists():   # what it names comes first; the others stand by in case that one is damaged
+        candidates.sort(key=lambda p: p.name == latest.read_text().strip(), reverse=True)
+    for candidate in candidates:
+        try:
+            return load_file(candidate), candidate
+        except CheckpointError as e:
+            print(f"resume: {e}; trying the one before", file=sys.stderr)
+    raise UserError(f"{path} holds no good checkpoint (step_*.ckpt); begin a new run")
+
+
+def must_match(checkpoint, cfg, split):
+    """Refuse to resume a run with another architecture or other data, by name."""
+    for name, old in checkpoint["config"].items():
+        new = getattr(cfg, name)
+        if old != new:
+            raise UserError(f"--{name.replace('_', '-')} {new} differs from the checkpoint's {old}; a run cannot change it: "
+                            f"leave it out, or begin a new run")
+    if checkpoint["identity"] != split.identity:
+        raise UserError(f"the puzzles of {', '.join(map(str, split.dirs))} are not those of the run (identifiers.json differs); "
+                        f"resume with --data {' '.join(checkpoint['data'])}")
+
+
+def save(run, split, log, is_best=False):
+    """Write step_N.ckpt, latest.txt and, if it is the best, best.ckpt; then drop what --keep-last does not keep."""
+    args, folder = run.args, Path(run.args.checkpoint_path)
+    content = run.checkpoint(split)
+    failed = torch.zeros(1, device=run.world.device)
+    if content is not None:
+        path = folder / f"step_{run.step:08d}.ckpt"
+        try:
+            save_file(path, content)
+            write_text(folder / "latest.txt", path.name + "\n")
+            if is_best:
+                mirror(path, folder / "best.ckpt")
+            keep = args.keep_last or sys.maxsize
+            for old in checkpoints(folder)[keep:]:
+                old.unlink()
+            log.write("save", run.step, file=path.name, best=is_best)
+        except (OSError, RuntimeError) as e:   # torch reports a full disk as a RuntimeError of its zip writer
+            failed += 1
+            log.say(f"saving {path} failed: {str(e).splitlines()[0][:150]}; the older checkpoints are untouched")
+    if run.world.sum(failed).item() and args.on_save_error == "stop":
+        raise UserError(f"could not save at step {run.step}; make room in {folder} and --resume, or use --on-save-error continue")
+
+
+def write_text(path, text):
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+def mirror(path, target):
+    """target becomes the same file, as a hard link where the file system has them."""
+    tmp = target.with_name(target.name + ".tmp")
+    tmp.unlink(missing_ok=True)
+    try:
+        os.link(path, tmp)
+    except OSError:
+        shutil.copyfile(path, tmp)
+    os.replace(tmp, target)
+
+
+# ---------------------------------------------------------------------------------------------
+# Log
+
+class Log:
+    """log.jsonl, the console and, if asked for, wandb; silent on all ranks but the first."""
+
+    def __init__(self, run_dir, args, rank, resumed_step=None):
+        self.file = self.bar = self.wandb = None
+        if rank:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "log.jsonl"
+        if resumed_step is not None:   # lines after the checkpoint will be written again
+            kept = [r for r in read_log(path) if r["step"] <= resumed_step and r["event"] != "result"]
+            write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+        self.file = open(path, "a")
+        if args.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("--wandb needs the package wandb; pip install wandb, or leave the flag out") from None
+            self.wandb = wandb.init(project=args.wandb, name=run_dir.name, config=vars(args), resume="allow", id=run_dir.name)
+
+    def write(self, event, step, **values):
+        if self.file:
+            self.file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+            self.file.flush()
+            if self.wandb and event in ("train", "val"):
+                self.wandb.log(values, step=step)
+
+    def say(self, text):
+        if self.file:
+            tqdm.write(text)
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_log(path):
+    """The records of a log.jsonl; a line torn by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def plot(run_dirs, out):
+    """Loss and whole-puzzle accuracy over steps, training and validation, of one or several runs; a PNG."""
+    from matplotlib.figure import Figure   # half a second: only where it is needed
+    fig = Figure(figsize=(12, 5), dpi=100, layout="constrained")
+    axes = dict(zip(("loss", "score"), fig.subplots(1, 2)))
+    for i, run_dir in enumerate(run_dirs):
+        records = read_log(Path(run_dir) / "log.jsonl")
+        if not any(r["event"] in ("train", "val") for r in records):
+            raise UserError(f"{run_dir}/log.jsonl has no training lines to draw; name a run folder")
+        regression = any("train/regression_loss" in r for r in records)
+        keys = {"loss": "regression_loss", "score": "within_tolerance"} if regression else {"loss": "lm_loss", "score": "exact_acc"}
+        for panel, key in keys.items():
+            for split, style in (("train", dict(lw=1, alpha=0.7)), ("val", dict(marker="o", lw=2, ls="--"))):
+                points = [(r["step"], r[f"{split}/{key}"]) for r in records if r["event"] == split and f"{split}/{key}" in r]
+                label = f"{split}{' (EMA)' if split == 'val' and records[0].get('settings', {}).get('ema') else ''}"
+                axes[panel].plot(*zip(*points) if points else ((), ()), color=f"C{2 * i + (split == 'val')}",
+                                 label=label if len(run_dirs) == 1 else f"{Path(run_dir).name} {label}", **style)
+            axes[panel].set(xlabel="training step", ylabel=key, title=key)
+    axes["loss"].set_yscale("log")
+    axes["score"].set_ylim(-0.02, 1.02)
+    for ax in axes.values():
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=9)
+    fig.savefig(out)
+    return out
+
+
+def git_hash():
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or None
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop and what it calls
+
+def stream(split, args, world, cursor, step):
+    """Yield (Batch on the CPU, cursor after it) for this rank, from a cursor on to the end of the run."""
+    rows = args.global_batch_size // world.size
+    mine = slice(world.rank * rows, (world.rank + 1) * rows)
+    iterations = -(-args.epochs // args.eval_interval)
+    while cursor.iteration <= iterations:
+        epochs = min(args.eval_interval, args.epochs - (cursor.iteration - 1) * args.eval_interval)
+        for examples, puzzles, cursor in training_order(split, args.seed, epochs, args.global_batch_size, cursor):
+            step += 1
+            explore = exploration(args.seed, step, args.global_batch_size, args.halt_exploration_prob, args.halt_max_steps)
+            arrays = (*split.gather(examples[mine], puzzles[mine]), explore[mine])
+            batch = Batch(*(torch.from_numpy(a) for a in arrays))
+            yield Batch(*(t.pin_memory() for t in batch)) if world.device.type == "cuda" else batch, cursor
+
+
+def backward(run, batch):
+    """Forward and backward of one training step on this rank; gradients and metric sums are added up in `run`."""
+    parts = zip(*(t.chunk(run.args.grad_accum) for t in batch))
+    carries = run.carries or [None] * run.args.grad_accum
+    new_carries = []
+    for part, carry, delta in zip(map(lambda p: Batch(*p), parts), carries, run.deltas):
+        carry, logits, q = run.model.step(carry or run.model.empty_carry(part), part, delta)
+        target = run.model.continue_target(carry) if run.cfg.q_continue else None
+        loss, sums = act_loss(run.cfg, carry, logits, q, target)
+        (loss / run.args.global_batch_size).backward()
+        run.sums += sums
+        run.nan_step = torch.where((run.nan_step == 0) & ~loss.isfinite(), run.step + 1, run.nan_step)
+        new_carries.append(carry)
+    run.carries = new_carries
+
+
+def update(run, factor):
+    """All-reduce the gradients and apply both optimizers and the EMA. factor: of the learning rates."""
+    args, flat, t = run.args, run.flat, run.step + 1
+    if not args.freeze_weights:
+        run.world.sum(flat.grad)
+        if args.grad_clip:
+            flat.grad.mul_((args.grad_clip / flat.grad.norm().clamp(min=1e-12)).clamp(max=1))
+        run.adam.step(flat.data, flat.grad, args.lr * factor, t)
+        flat.grad.zero_()
+    if run.ema is not None:
+        decay = min(args.ema, (1 + t) / (10 + t)) if args.ema_warmup else args.ema
+        run.ema.lerp_(flat.data, 1 - decay)
+    ids = run.world.gather(torch.cat([c.puzzle_ids for c in run.carries]))
+    grads = run.world.gather(torch.cat([d.grad for d in run.deltas]))
+    sign_sgd(run.model.puzzle_emb, ids, grads, args.puzzle_emb_lr * factor, args.puzzle_emb_weight_decay)
+    for d in run.deltas:
+        d.grad.zero_()
+    run.step += 1
+
+
+def train_metrics(run, reset):
+    """Means since the last log line, as train/...; the only place that waits for the device. Raises UserError on NaN."""
+    totals = run.world.sum(run.sums.clone())
+    bad = run.world.gather(run.nan_step.view(1)).max()
+    totals, bad = totals.tolist(), int(bad)
+    if bad:
+        raise UserError(f"the loss is not finite at step {bad}; the last good checkpoint is kept: lower --lr and --resume")
+    rows = max(1, run.step - run.logged_step) * run.args.global_batch_size
+    names = metric_names(run.cfg)
+    count = totals[0]
+    metrics = {f"train/{n}": v / max(count, 1) for n, v in zip(names[1:5], totals[1:5])}
+    metrics |= {f"train/{n}": v / rows for n, v in zip(names[5:], totals[5:])}
+    metrics["train/loss"] = (totals[5] + 0.5 * (totals[6] + totals[7])) / rows
+    metrics["train/count"] = count
+    if reset:
+        run.sums.zero_()
+    return metrics
+
+
+def evaluate(run, test, log, total_steps):
+    """Score the test split with the averaged weights; returns the results, written to the log as val/..."""
+    run.with_ema()
+    run.model.eval()
+    results = scoring.evaluate(run.model, test, run.world, run.rows // run.args.grad_accum, limit=run.args.eval_limit)
+    run.model.train()
+    run.with_ema()
+    flat = {f"val/{k}": v for k, v in results.items() if isinstance(v, (int, float))}
+    log.write("val", run.step, **flat)
+    log.say(f"step {run.step}/{total_steps}: " + "  ".join(f"{k} {v:.4f}" for k, v in flat.items() if isinstance(v, float)))
+    return results, flat
+
+
+def is_best(run, flat):
+    """Whether the monitored metric improved. Raises UserError that lists the valid names."""
+    name = run.args.monitor
+    if name == "none":
+        return False
+    if name not in flat:
+        raise UserError(f"--monitor {name} is not measured; choose one of {', '.join(flat)}, none")
+    better = run.best is None or (flat[name] > run.best if run.args.monitor_mode == "max" else flat[name] < run.best)
+    if better:
+        run.best = flat[name]
+    return better
+
+
+def sanity_checks(run, splits, log):
+    """First batch of every split and one forward and backward, before hours are spent. Raises UserError."""
+    for split in splits:
+        for line in split.check():
+            log.say(f"checked {line}")
+    split = splits[0]
+    examples = np.arange(min(run.rows // run.args.grad_accum, len(split)))
+    arrays = split.gather(examples, size=run.rows // run.args.grad_accum)
+    explore = np.zeros(len(arrays[2]), np.int32)
+    batch = Batch(*(torch.from_numpy(a).to(run.world.device) for a in (*arrays, explore)))
+    carry, logits, q = run.model.step(run.model.empty_carry(batch), batch, run.deltas[0])
+    loss, _ = act_loss(run.cfg, carry, logits, q)
+    (loss / len(explore)).backward()
+    norm = (run.deltas[0].grad if run.args.freeze_weights else run.flat.grad).norm().item()
+    if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+        raise UserError(f"the first loss is {loss.item()} and its gradient norm {norm}; look at the data and --lr")
+    log.say(f"checked a forward and a backward: logits {tuple(logits.shape)} {str(logits.dtype)[6:]}, "
+            f"loss {loss.item() / len(explore):.4f}, gradient norm {norm:.4f}")
+    run.flat.grad.zero_()
+    run.deltas[0].grad.zero_()
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask the loop to stop at the next step; a second one ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        self.number = number
+
+
+def must_stop(run, stopper, started, metrics_due):
+    """Signal number to stop for, 1 for --max-steps or --max-minutes, else 0. Ranks agree where metrics are read."""
+    if run.world.size > 1 and not metrics_due:
+        return 0
+    args = run.args
+    out_of_time = args.max_minutes is not None and time.time() - started > 60 * args.max_minutes
+    reason = stopper.number or int(out_of_time or (args.max_steps is not None and run.step >= args.max_steps))
+    if run.world.size == 1:
+        return reason
+    return int(run.world.gather(torch.tensor([reason], device=run.world.device)).max())
+
+
+def train(run, split, test, log, total_steps):
+    """The loop: step, log, evaluate, save, stop. Returns (last results or None, what stopped it)."""
+    args, world = run.args, run.world
+    stopper, started, tick, results, reason = StopSignal(), time.time(), time.perf_counter(), None, 0
+    bar = tqdm(total=total_steps, initial=run.step, disable=world.rank > 0, unit="step", dynamic_ncols=True)
+    for batch, cursor in prefetch(stream(split, args, world, run.cursor, run.step)):
+        if run.step >= total_steps:
+            break
+        batch = Batch(*(t.to(world.device, non_blocking=True) for t in batch))
+        factor = schedule(run.step + 1, total_steps, args.lr_warmup_steps, args.lr_min_ratio)
+        backward(run, batch)
+        update(run, factor)
+        run.cursor = cursor
+        bar.update()
+        ends = cursor.rng is None or run.step == total_steps       # of an iteration, or of the run
+        log_now = ends or run.step % args.log_interval == 0
+        reason = must_stop(run, stopper, started, log_now)
+        save_now = ends or reason or (args.checkpoint_interval and run.step % args.checkpoint_interval == 0)
+        if not (log_now or save_now):
+            continue
+        metrics = train_metrics(run, reset=log_now)                # waits for the device, and refuses a NaN
+        run.train_s += time.perf_counter() - tick
+        if log_now:
+            log_step(run, log, bar, metrics, args.lr * factor)
+        best = False
+        if ends or reason == LIMIT_REACHED:
+            results, flat = evaluate(run, test, log, total_steps)
+            best = is_best(run, flat)
+        if save_now:
+            save(run, split, log, best)
+            if world.rank == 0:
+                plot([args.run_dir], Path(args.run_dir) / "train_vs_val.png")
+        if reason:
+            break
+        tick = time.perf_counter()
+    bar.close()
+    return results, reason
+
+
+def log_step(run, log, bar, metrics, lr):
+    dt_ms = 1000 * (run.train_s - run.logged_s) / (run.step - run.logged_step)
+    log.write("train", run.step, epoch=run.epoch, **{"train/lr": lr}, **metrics, dt_ms=dt_ms)
+    score = "within_tolerance" if run.cfg.regression else "exact_acc"
+    bar.set_postfix_str(f"loss {metrics['train/loss']:.3f} {score} {metrics[f'train/{score}']:.3f} {dt_ms:.0f} ms")
+    run.logged_step, run.logged_s = run.step, run.train_s
+
+
+def estimate_without_gpu(args, cfg, meta, device):
+    """One line with what the run would take here, from a measured step of a few rows; raised as a UserError."""
+    rows = 4 if cfg.seq_len > 100 else 16
+    total = total_training_steps(args, meta)
+    small = argparse.Namespace(**{**vars(args), "global_batch_size": rows, "grad_accum": 1})
+    run = Run(small, Config(**{**asdict(cfg), "num_puzzles": 1}), scoring.World(0, 1, device))
+    batch = synthetic_batch(cfg, rows)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        backward(run, batch)
+        update(run, 1.0)
+        seconds.append(time.perf_counter() - start)
+    step = min(seconds) * args.global_batch_size / rows
+    raise UserError(f"no GPU here: {args.preset} takes {total:,} steps of about {step:.0f} s on this {device.type} (estimated from "
+                    f"{rows} rows in {min(seconds):.2f} s), {step * total / 86400:,.0f} days; add --allow-cpu to do it all the same, "
+                    f"or try --preset mini")
+
+
+def synthetic_batch(cfg, rows):
+    """A Batch of random tokens in the shapes of a Config."""
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, cfg.vocab_size, (2, rows, cfg.seq_len), dtype=torch.int32, generator=g)
+    ids = torch.randint(cfg.num_puzzles, (rows,), dtype=torch.int32, generator=g)
+    return Batch(*tokens, ids, torch.zeros(rows, dtype=torch.int32))
+
+
+def total_training_steps(args, meta):
+    return int(args.epochs * meta["total_groups"] * meta["mean_puzzle_examples"] / args.global_batch_size)
+
+
+def prepare_run(args, checkpoint, world):
+    """(Run, train split, test split, Log) ready to go on."""
+    splits = [Split(args.data, "train"), Split(args.data_test or args.data, "test")]
+    cfg = config_of(args, splits[0].meta)
+    if checkpoint is not None:
+        must_match(checkpoint, cfg, splits[0])
+    meta = splits[0].meta
+    run = Run(args, cfg, world, checkpoint, meta["total_groups"] * meta["mean_puzzle_examples"])
+    log = Log(Path(args.run_dir), args, world.rank, checkpoint and checkpoint["step"])
+    total_steps = total_training_steps(args, splits[0].meta)
+    if total_steps < 1:
+        raise UserError(f"--epochs {args.epochs} of {splits[0].meta['total_groups']} groups do not fill one batch of "
+                        f"--global-batch-size {args.global_batch_size}; raise the one or lower the other")
+    if args.compile:
+        compile_model(run.model, args.compile_unit)
+    table = run.model.puzzle_emb.numel()
+    n_params = sum(p.numel() for p in run.model.parameters())
+    log.write("start", run.step, command=shlex.join(sys.argv), git=git_hash(), settings=vars(args), config=asdict(cfg),
+              torch=torch.__version__, device=str(world.device), ranks=world.size, total_steps=total_steps,
+              parameters=n_params, parameters_with_puzzle_table=n_params + table)
+    log.say(f"{args.run_dir}: {n_params:,} parameters, {n_params + table:,} with the puzzle table; {total_steps:,} steps of "
+            f"{args.global_batch_size} rows on {world.size} x {world.device.type}, {cfg.dtype}")
+    if not args.skip_sanity_checks:
+        sanity_checks(run, splits, log)
+    if checkpoint is not None:
+        run.restore(checkpoint)
+        log.say(f"resumed from {args.resume} at step {run.step}")
+    return run, *splits, log, total_steps
+
+
+def main(argv=None):
+    args, checkpoint = settings(argv)
+    if args.plot:
+        print(plot(args.plot, Path(args.plot[0]) / "train_vs_val.png"))
+        return 0
+    world = scoring.start_world(args.device, args.dist_timeout)
+    try:
+        return run_preset(args, checkpoint, world)
+    finally:
+        world.close()
+
+
+def run_preset(args, checkpoint, world):
+    check(args, world)
+    if args.dtype == "auto":   # rank 0 decides
+        args.dtype = world.gather_objects(fastest_dtype(world.device))[0]
+    if world.device.type == "cpu" and args.preset != "mini" and not args.allow_cpu and args.data == PRESETS[args.preset]["data"]:
+        shape = dict(zip(("vocab_size", "seq_len", "num_puzzle_identifiers", "total_groups", "mean_puzzle_examples"), SHAPES[args.preset]))
+        estimate_without_gpu(args, config_of(args, shape), shape, world.device)
+    if args.run_dir is None:
+        args.run_dir = world.gather_objects(f"runs/{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}")[0]
+    args.checkpoint_path = args.checkpoint_path or args.run_dir
+    if args.data == PRESETS["mini"]["data"] and not Path(args.data[0]).exists():
+        build_mini(args.data[0], world)
+    run, split, test, log, total_steps = prepare_run(args, checkpoint, world)
+    began = time.time()
+    try:
+        results, reason = train(run, split, test, log, total_steps)
+        if reason > LIMIT_REACHED:
+            log.say(f"stopped by {signal.Signals(reason).name} at step {run.step}; go on with --resume {args.run_dir}")
+            return 128 + reason
+        if results is None:   # resumed at its end
+            results, _ = evaluate(run, test, log, total_steps)
+        finish(run, test, log, results, time.time() - began)
+    finally:
+        log.close()
+    return 0
+
+
+def finish(run, test, log, results, wall_s):
+    """The curves, a picture of one puzzle for the small boards, and the RESULT line, which ends the log."""
+    args = run.args
+    if run.world.rank:
+        return
+    run.with_ema()
+    run.model.eval()
+    pictures = [plot([args.run_dir], Path(args.run_dir) / "train_vs_val.png")]
+    if args.preset == "mini" and not run.cfg.regression:
+        pictures.append(scoring.puzzle_picture(run.model, test, Path(args.run_dir) / "puzzle.png", run.rows))
+    line = scoring.result_line(args.preset, results, run.step, run.train_s, run.world.device)
+    log.say(f"wall time of training, evaluation and saving: {wall_s:.0f} s; pictures: {', '.join(map(str, pictures))}")
+    log.say(line)
+    log.write("result", run.step, line=line, train_s=run.train_s, **results)
+
+
+def build_mini(path, world):
+    """Generate mini's dataset (rank 0)."""
+    if world.rank == 0:
+        from prepare import sudoku
+        sudoku.main(["--source", "generate", "--size", "6", "--num-aug", "1000", "--output-dir", path])
+    world.gather_objects(None)
+
+
+if __name__ == "__main__":
+    cli(main)
