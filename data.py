@@ -73,8 +73,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def sha256(path):
+    """Hexadecimal sha256 of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
+from data import sha256
+
 IGNORE = -100  # a label that is neither trained on nor scored
 
 
@@ -416,8 +418,8 @@ def save_file(path, content):
     tmp = path.with_name(path.name + ".tmp")
     try:
         torch.save(content, tmp)
+        digest = sha256(tmp).encode()
         with open(tmp, "r+b") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest().encode()
             f.seek(-2, os.SEEK_END)     # the last two bytes of a zip archive are the length of its comment
             f.write(len(digest).to_bytes(2, "little") + digest)
             f.flush()

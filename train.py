@@ -10,13 +10,15 @@ import argparse
 import json
 import math
 import os
+import platform
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from tqdm import tqdm
 import eval as scoring
 from data import Cursor, HelpFormatter, Split, UserError, cli, exploration, prefetch, training_order
 from model import LOG_PROBS, SCORE_MODS, TRM, Batch, Carry, CheckpointError, Config, act_loss, build, compile_model, \
-    load_file, metric_names, save_file
+    load_file, metric_names, save_file, swiglu_width
 
 # What each task changes (SPEC: the paper's Table and the 8-GPU reproduction). A flag on the command line wins.
 SUDOKU = dict(data=["data/sudoku-extreme-1k-aug-1000"], epochs=50_000, eval_interval=5_000, weight_decay=1.0,
@@ -47,6 +49,7 @@ PRESETS = {
 # Shapes of the presets' data, for --bench and for estimates on a machine that does not have it.
 SHAPES = {"mini": (8, 36, 1, 1000, 1.0), "sudoku": (11, 81, 1, 1000, 1.0), "sudoku-att": (11, 81, 1, 1000, 1.0),
           "maze": (6, 900, 1, 1000, 1.0), "arc1": (12, 900, 876_406, 960, 4.1458), "arc2": (12, 900, 1_191_730, 1280, 4.0)}
+SHAPE_KEYS = ("vocab_size", "seq_len", "num_puzzle_identifiers", "total_groups", "mean_puzzle_examples")
 LIMIT_REACHED = 1   # why a run stops: this, or the number of a signal
 MATTERS = ("global_batch_size", "seed", "eval_interval", "grad_accum", "optimizer")  # cannot change on resume
 
@@ -99,6 +102,7 @@ def parser(suppress=False):
     flag(g, "--optimizer", "adamatan2", "muon: for the block matrices", choices=["adamatan2", "muon"])
     flag(g, "--lr", 2e-4, "learning rate")
     flag(g, "--muon-lr", 0.02, "of muon's matrices")
+    flag(g, "--muon-weight-decay", 0.005, "likewise")
     flag(g, "--puzzle-emb-lr", 1e-2, "of the puzzle table's SignSGD")
     flag(g, "--weight-decay", 0.1, "per step: lr * this")
     flag(g, "--puzzle-emb-weight-decay", 0.1, "likewise")
@@ -246,13 +250,47 @@ class AdamATan2:
         self.m, self.v = torch.zeros(size, device=device), torch.zeros(size, device=device)
         self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
 
-    def step(self, p, grad, lr, t):
-        """Update p in place from its gradient; t counts from 1."""
+    def step(self, p, grad, lr, t, end=None):
+        """Update p[:end] in place from its gradient; t counts from 1."""
+        p, grad, m, v = p[:end], grad[:end], self.m[:end], self.v[:end]
         p.mul_(1 - lr * self.weight_decay)
-        self.m.lerp_(grad, 1 - self.beta1)
-        self.v.lerp_(grad.square(), 1 - self.beta2)
-        denominator = self.v.sqrt().div_(math.sqrt(1 - self.beta2 ** t))
-        p.add_(torch.atan2(self.m, denominator), alpha=-lr / (1 - self.beta1 ** t))
+        m.lerp_(grad, 1 - self.beta1)
+        v.lerp_(grad.square(), 1 - self.beta2)
+        denominator = v.sqrt().div_(math.sqrt(1 - self.beta2 ** t))
+        p.add_(torch.atan2(m, denominator), alpha=-lr / (1 - self.beta1 ** t))
+
+
+def orthogonalize(g, steps=5):
+    """Push the singular values of matrices (K, m, n) towards 1 by the quintic Newton-Schulz iteration of Muon
+    (Jordan et al. 2024, kellerjordan.github.io/posts/muon); coefficients from there."""
+    x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    wide = x if x.shape[-2] <= x.shape[-1] else x.mT
+    for _ in range(steps):
+        gram = wide @ wide.mT
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    return wide if x.shape[-2] <= x.shape[-1] else wide.mT
+
+
+class Muon:
+    """Momentum whose update is orthogonalised, for the matrices of the blocks; equal shapes go as one batch.
+    `momentum` is a flat buffer that holds the state."""
+
+    def __init__(self, flat, momentum, weight_decay):
+        self.weight_decay = weight_decay
+        groups = {}
+        for name, p in flat.params.items():
+            if name.startswith("blocks."):
+                groups.setdefault(p.shape, []).append((p, flat.views(flat.grad)[name], flat.views(momentum)[name]))
+        self.groups = [tuple(zip(*members)) for members in groups.values()]
+
+    def step(self, lr, mu=0.95):
+        for params, grads, buffers in self.groups:
+            torch._foreach_lerp_(buffers, grads, 1 - mu)
+            nesterov = torch._foreach_lerp(grads, buffers, mu)
+            m, n = params[0].shape
+            update = orthogonalize(torch.stack(nesterov)) * max(1, m / n) ** 0.5
+            torch._foreach_mul_([p.data for p in params], 1 - lr * self.weight_decay)
+            torch._foreach_add_([p.data for p in params], update.unbind(), alpha=-lr)
 
 
 def sign_sgd(table, ids, grads, lr, weight_decay):
@@ -281,6 +319,7 @@ class Run:
             self.model.requires_grad_(False)
         self.flat = Flat(self.model)
         self.adam = AdamATan2(len(self.flat.data), world.device, args.beta1, args.beta2, args.weight_decay)
+        self.muon = Muon(self.flat, self.adam.m, args.muon_weight_decay) if args.optimizer == "muon" else None
         self.ema = self.flat.data.clone() if args.ema else None
         self.rows = args.global_batch_size // world.size            # of this rank
         part = self.rows // args.grad_accum
@@ -327,7 +366,7 @@ class Run:
             "train_s": self.train_s, "identity": split.identity, "recipe": split.recipe,
             "data": [str(d) for d in split.dirs], "data_test": self.args.data_test or [str(d) for d in split.dirs],
             "settings": {k: v for k, v in vars(self.args).items() if k not in ("resume", "plot", "bench", "max_steps", "max_minutes")},
-            "path": str(self.args.checkpoint_path), "torch": torch.__version__}
+            "path": str(self.args.checkpoint_path), "torch": str(torch.__version__)}
 
     @property
     def epoch(self):
@@ -560,7 +599,9 @@ def update(run, factor):
         run.world.sum(flat.grad)
         if args.grad_clip:
             flat.grad.mul_((args.grad_clip / flat.grad.norm().clamp(min=1e-12)).clamp(max=1))
-        run.adam.step(flat.data, flat.grad, args.lr * factor, t)
+        run.adam.step(flat.data, flat.grad, args.lr * factor, t, flat.starts["blocks.0.mix_in"] if run.muon else None)
+        if run.muon:
+            run.muon.step(args.muon_lr * factor)
         flat.grad.zero_()
     if run.ema is not None:
         decay = min(args.ema, (1 + t) / (10 + t)) if args.ema_warmup else args.ema
@@ -717,7 +758,8 @@ def estimate_without_gpu(args, cfg, meta, device):
     rows = 4 if cfg.seq_len > 100 else 16
     total = total_training_steps(args, meta)
     small = argparse.Namespace(**{**vars(args), "global_batch_size": rows, "grad_accum": 1})
-    run = Run(small, Config(**{**asdict(cfg), "num_puzzles": 1}), scoring.World(0, 1, device))
+    cfg = replace(cfg, num_puzzles=1)
+    run = Run(small, cfg, scoring.World(0, 1, device))
     batch = synthetic_batch(cfg, rows)
     seconds = []
     for _ in range(2):
@@ -738,6 +780,119 @@ def synthetic_batch(cfg, rows):
     ids = torch.randint(cfg.num_puzzles, (rows,), dtype=torch.int32, generator=g)
     return Batch(*tokens, ids, torch.zeros(rows, dtype=torch.int32))
 
+
+# ---------------------------------------------------------------------------------------------
+# --bench: how near to the machine's peak
+
+def step_flops(cfg):
+    """(forward, training step) FLOPs of one row and supervision step by formula; multiply-add = 2, matrix products only.
+
+    A net costs twice its multiply-adds; T (n + 1) nets go forward, and backward costs the last n + 1 twice more."""
+    D, L, S, P = cfg.hidden_size, cfg.length, cfg.seq_len, cfg.puzzle_emb_len
+    mixer = 3 * D * L * swiglu_width(L, cfg.expansion) if cfg.mixer == "mlp" else 4 * L * D * D + 2 * L * L * D
+    net = 2 * cfg.num_layers * (mixer + 3 * L * D * swiglu_width(D, cfg.expansion))
+    ends = 2 * S * D * (cfg.input_dim or cfg.vocab_size) + 2 * S * D * (cfg.target_dim or cfg.vocab_size) + 4 * D
+    forward = cfg.H_cycles * (cfg.L_cycles + 1) * net + ends
+    # y and z enter the last round as leaves that want a gradient, and the one-hot input wants none
+    return forward, forward + 2 * (cfg.L_cycles + 1) * net + 2 * ends - 2 * S * D * (cfg.input_dim or cfg.vocab_size)
+
+
+def counted_flops(cfg):
+    """The same two figures by torch's FLOP counter, on the meta device, where nothing is computed."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):
+        model = TRM(cfg, None).train()
+        batch = Batch(*(t.to("meta") for t in synthetic_batch(replace(cfg, num_puzzles=1), 1)))
+        carry = model.empty_carry(batch)
+        with FlopCounterMode(display=False) as forward:
+            carry, logits, q = model.step(carry, batch)
+        with FlopCounterMode(display=False) as backward:
+            (logits.sum() + q.sum()).backward()
+    return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+
+
+def wait(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def seconds_of(function, repeats, device):
+    """Times of single calls in seconds, each waited for."""
+    times = []
+    for _ in range(repeats):
+        wait(device)
+        start = time.perf_counter()
+        function()
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of a large square product, the best of several."""
+    n = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / min(seconds_of(lambda: a @ a, 8, device))
+
+
+def bench(args, world, n):
+    """Time n training steps on this machine; prints a table and appends a line to bench.jsonl (rank 0)."""
+    shape = dict(zip(SHAPE_KEYS, SHAPES[args.preset]))
+    dataset = Split(args.data, "train") if all(Path(d).exists() for d in args.data) else None
+    cfg = config_of(args, dataset.meta if dataset else shape)
+    run = Run(args, cfg, world)
+    started = time.perf_counter()
+    if args.compile:
+        compile_model(run.model, args.compile_unit)
+    batch = Batch(*(t.to(world.device) for t in synthetic_batch(cfg, run.rows)))
+
+    def step():
+        backward(run, batch)
+        update(run, 1.0)
+
+    def forward():
+        part = Batch(*(t[:len(run.deltas[0])] for t in batch))
+        for carry, delta in zip(run.carries, run.deltas):
+            _, logits, q = run.model.step(carry, part, delta)
+            act_loss(cfg, carry, logits, q)
+    step()
+    wait(world.device)
+    first_s = time.perf_counter() - started
+    step()
+    peaks, steps = [], []
+    for _ in range(n):   # alternating, so that a machine whose speed drifts is compared with itself
+        peaks.append(matmul_peak(world.device, run.model.dtype))
+        steps += seconds_of(step, 1, world.device)
+    step_s = float(np.median(steps))
+    forward_s = float(np.median(seconds_of(forward, max(3, n // 3), world.device)))
+    update_s = float(np.median(seconds_of(lambda: update(run, 0.0), max(3, n // 3), world.device)))
+    data_s = float("nan")
+    if dataset:
+        source = stream(dataset, args, world, Cursor(), 0)
+        data_s = float(np.median(seconds_of(lambda: next(source), n, world.device)))
+    flops, peak = step_flops(cfg)[1] * run.rows, float(np.median(peaks))
+    memory = (torch.cuda.max_memory_allocated() if world.device.type == "cuda"
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    row = {"preset": args.preset, "device": device_name(world.device), "dtype": cfg.dtype, "ranks": world.size,
+           "compile": args.compile_unit if args.compile else None, "hidden_size": cfg.hidden_size,
+           "global_batch_size": args.global_batch_size, "ms_per_step": 1000 * step_s, "first_step_s": first_s,
+           "rows_per_s": args.global_batch_size / step_s, "gflop_per_row": step_flops(cfg)[1] / 1e9,
+           "counted_gflop_per_row": counted_flops(cfg)[1] / 1e9, "tflops": flops / step_s / 1e12, "peak_tflops": peak / 1e12,
+           "share_of_peak": flops / step_s / peak, "peak_memory_gib": memory / 2 ** 30,
+           "forward_ms": 1000 * forward_s, "backward_ms": 1000 * (step_s - forward_s - update_s),
+           "optimizer_ms": 1000 * update_s, "data_ms": 1000 * data_s, "steps": n, "git": git_hash()}
+    if world.rank == 0:
+        for key, value in row.items():
+            print(f"{key:>24}  {value:.4g}" if isinstance(value, float) else f"{key:>24}  {value}")
+        with open("bench.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} x {platform.machine()} {device.type}"
+
+
+# ---------------------------------------------------------------------------------------------
 
 def total_training_steps(args, meta):
     return int(args.epochs * meta["total_groups"] * meta["mean_puzzle_examples"] / args.global_batch_size)
@@ -789,8 +944,11 @@ def run_preset(args, checkpoint, world):
     check(args, world)
     if args.dtype == "auto":   # rank 0 decides
         args.dtype = world.gather_objects(fastest_dtype(world.device))[0]
+    if args.bench:
+        bench(args, world, args.bench)
+        return 0
     if world.device.type == "cpu" and args.preset != "mini" and not args.allow_cpu and args.data == PRESETS[args.preset]["data"]:
-        shape = dict(zip(("vocab_size", "seq_len", "num_puzzle_identifiers", "total_groups", "mean_puzzle_examples"), SHAPES[args.preset]))
+        shape = dict(zip(SHAPE_KEYS, SHAPES[args.preset]))
         estimate_without_gpu(args, config_of(args, shape), shape, world.device)
     if args.run_dir is None:
         args.run_dir = world.gather_objects(f"runs/{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}")[0]

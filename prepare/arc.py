@@ -73,7 +73,7 @@ def crop(tokens):
 
 def decode(tokens):
     """(900,) predicted tokens -> uint8 grid of colours (rows, columns), cut out as in crop."""
-    (h,), (w,) = crop(tokens)
+    (h,), (w,) = crop(tokens[None])
     return tokens.reshape(SIDE, SIDE)[:h, :w].astype(np.uint8) - np.uint8(2)
 
 
