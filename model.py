@@ -291,7 +291,8 @@ class TRM(nn.Module):
             fixed = [[[w.detach() for w in block] for block in use] for use in weights]
             for _ in range(self.cfg.H_cycles - 1):
                 y, z = self.cycle(x, y, z, fixed)
-        if torch.is_grad_enabled():  # every application of net below then has one signature, and compiles once
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # every application of net below then has one signature, and compiles once
             y, z = y.detach().requires_grad_(), z.detach().requires_grad_()
         return self.cycle(x, y, z, weights)
 
@@ -396,11 +397,11 @@ def act_loss(cfg, carry, logits, q, continue_target=None):
     return loss, sums
 
 
-def compile_model(model, unit="net"):
+def compile_model(model, unit="net", backend="inductor"):
     """Compile one piece of the recursion in place: "net" (the piece that repeats: one small graph, applied
     T * (n + 1) times), "cycle" (a whole round) or "step" (all rounds, the longest to compile)."""
     name = {"net": "net", "cycle": "cycle", "step": "improve"}[unit]
-    setattr(model, name, torch.compile(getattr(model, name), fullgraph=True, dynamic=False))
+    setattr(model, name, torch.compile(getattr(model, name), fullgraph=True, dynamic=False, backend=backend))
 
 
 # ---------------------------------------------------------------------------------------------

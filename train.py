@@ -606,9 +606,11 @@ def update(run, factor):
     if run.ema is not None:
         decay = min(args.ema, (1 + t) / (10 + t)) if args.ema_warmup else args.ema
         run.ema.lerp_(flat.data, 1 - decay)
-    ids = run.world.gather(torch.cat([c.puzzle_ids for c in run.carries]))
-    grads = run.world.gather(torch.cat([d.grad for d in run.deltas]))
-    sign_sgd(run.model.puzzle_emb, ids, grads, args.puzzle_emb_lr * factor, args.puzzle_emb_weight_decay)
+    ids = torch.cat([c.puzzle_ids for c in run.carries])
+    grads = torch.cat([d.grad for d in run.deltas])
+    rows = run.world.gather(torch.cat((grads, ids.view(-1, 1).view(torch.float32)), dim=1))   # ids ride along as bits
+    sign_sgd(run.model.puzzle_emb, rows[:, -1].view(torch.int32), rows[:, :-1], args.puzzle_emb_lr * factor,
+             args.puzzle_emb_weight_decay)
     for d in run.deltas:
         d.grad.zero_()
     run.step += 1
