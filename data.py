@@ -8,18 +8,33 @@
     DIR/{train,test}/all__group_indices.npy  puzzles of group g: [g] .. [g + 1]
     DIR/{train,test}/all__puzzle_identifiers.npy  the row of puzzle p in the puzzle table
 
+Numbers in place of tokens (dataset.json: "task_type": "regression", input_dim, target_dim, input_pad_value,
+target_pad_value), each .npy or .npz; without the last three files above all examples are alone and blank:
+
+    DIR/{train,test}/all__inputs.npy         (N, S, input_dim) float32, all__targets.npy (N, S, target_dim)
+    DIR/{train,test}/all__target_mask.npy    (N, S) bool, true where a target is trained on and scored
+
+Next-latent prediction has episodes and no dataset.json:
+
+    DIR/{train,test}/latents/episode_XXX.npz    `latents` (T, dim)
+    DIR/{train,test}/metadata/episode_XXX.json  set, group, puzzle_identifier; all optional
+
 Nothing here reads command lines, the environment, the device or the rank: they are passed in.
 """
 import argparse
+import filecmp
 import hashlib
 import json
 import os
-import queue
 import shutil
 import sys
 import tempfile
-import threading
+import zipfile
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,7 +164,7 @@ def save_npy(path, array, dtype=None):
 
 def write_split(split_dir, arrays, vocab_size, num_identifiers, total_puzzles=None, **extra):
     """Write one split: `arrays` maps inputs, labels, puzzle_identifiers, puzzle_indices and
-    group_indices to arrays; None stands for one that is already written."""
+    group_indices to arrays; None stands for one that is already written. extra: more for dataset.json."""
     split_dir = Path(split_dir)
     split_dir.mkdir(parents=True, exist_ok=True)
     for name, a in arrays.items():
@@ -166,36 +181,45 @@ def write_split(split_dir, arrays, vocab_size, num_identifiers, total_puzzles=No
         "total_puzzles": total_puzzles, "sets": ["all"], **extra})
 
 
-def write_dataset(output_dir, splits, vocab_size, recipe, group_size=1, train_dtype=None):
+def write_dataset(output_dir, splits, vocab_size=0, recipe=None, group_size=1, train_dtype=None,
+                  augment=None, num_aug=0, seed=0):
     """Write a dataset of independent boards (one puzzle each, all with the blank identifier).
 
     splits: {"train": (inputs, labels), "test": (inputs, labels)}, each (N, S) of tokens
         1 .. vocab_size - 1; 0 is padding, and a label of 0 is not trained on or scored.
+        With vocab_size 0, numbers: (inputs (N, S, input_dim), targets (N, S, target_dim), mask (N, S) bool).
+    recipe: a dict that says how it was made (builder, arguments, seed).
     group_size: how many consecutive training boards are augmentations of one original; an epoch
         draws one board of every group.
     train_dtype: of the training boards on disk, their own by default.
-    recipe: a dict that says how it was made (builder, arguments, seed).
-    Raises UserError when a token lies outside the vocabulary or a shape does not fit.
+    augment: augment(rng, *training arrays) returns the arrays of changed copies; called num_aug times with a
+        numpy Generator of `seed`, and original and copies of a board become one group.
+    Raises UserError when a token lies outside the vocabulary, a number is not finite or a shape does not fit.
     """
-    for split, (inputs, labels) in splits.items():
-        if inputs.shape != labels.shape or inputs.ndim != 2 or not len(inputs):
-            raise UserError(f"{split}: inputs {inputs.shape} and labels {labels.shape} must be equal, (N > 0, S)")
-        for name, a in (("inputs", inputs), ("labels", labels)):
-            if a.min() < 0 or a.max() >= vocab_size:
-                raise UserError(f"{split} {name}: tokens {a.min()}..{a.max()} are outside 0..{vocab_size - 1}; "
-                                f"raise vocab_size or map them")
+    if num_aug:
+        rng, train = np.random.default_rng(seed), splits["train"]
+        versions = zip(train, *(augment(rng, *train) for _ in range(num_aug)))
+        splits = {**splits, "train": [np.stack(v, axis=1).reshape(-1, *v[0].shape[1:]) for v in versions]}
+        group_size = 1 + num_aug
+    kind, (first, second, *_) = Tokens if vocab_size else Numbers, splits["train"]
+    sizes = {} if vocab_size else dict(task_type="regression", input_dim=first.shape[-1], target_dim=second.shape[-1],
+                                       input_pad_value=0.0, target_pad_value=0.0)
+    for split, arrays in splits.items():
+        meta = dict(seq_len=first.shape[1], vocab_size=vocab_size, pad_id=0, ignore_label_id=0, **sizes)
+        kind(split, meta, *arrays).check()
     with building(output_dir) as tmp:
-        for split, (inputs, labels) in splits.items():
-            n = len(inputs)
+        for split, arrays in splits.items():
+            n = len(arrays[0])
             group = group_size if split == "train" else 1
-            for name, a in (("inputs", inputs), ("labels", labels)):
-                save_npy(tmp / split / f"all__{name}.npy", a, train_dtype if split == "train" else None)
+            for name, a in zip(kind.fields, arrays):
+                dtype = np.float32 if a.dtype.kind == "f" else train_dtype if split == "train" else None
+                save_npy(tmp / split / f"all__{name}.npy", a, dtype)
             write_split(tmp / split, {
-                "inputs": None, "labels": None,
+                **dict.fromkeys(kind.fields),
                 "group_indices": np.arange(0, n + 1, group, dtype=np.int32),
                 "puzzle_indices": np.arange(n + 1, dtype=np.int32),
                 "puzzle_identifiers": np.zeros(n, dtype=np.int32),
-            }, vocab_size, num_identifiers=1, total_puzzles=n // group)
+            }, vocab_size, num_identifiers=1, total_puzzles=n // group, **sizes)
             print(f"{split}: {n:,} boards in {n // group:,} groups")
         write_json(tmp / "identifiers.json", ["<blank>"])
         write_json(tmp / "recipe.json", recipe)
@@ -206,6 +230,9 @@ def write_dataset(output_dir, splits, vocab_size, recipe, group_size=1, train_dt
 
 META = {"pad_id", "ignore_label_id", "blank_identifier_id", "vocab_size", "seq_len", "num_puzzle_identifiers",
         "total_groups", "mean_puzzle_examples", "total_puzzles", "sets"}
+NUMBERS_META = {"seq_len", "input_dim", "target_dim"}
+EQUAL = ("vocab_size", "seq_len", "pad_id", "ignore_label_id", "input_dim", "target_dim", "input_pad_value")  # to be joined
+INDEX = ("puzzle_identifiers", "puzzle_indices", "group_indices")
 
 
 def read_json(path, cure):
@@ -217,9 +244,31 @@ def read_json(path, cure):
         raise UserError(f"{path} is not valid JSON ({e}); {cure}") from None
 
 
+def read_shape(f):
+    """What the header of an open .npy file says, without its data."""
+    old = np.lib.format.read_magic(f) == (1, 0)
+    return (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(f)[0]
+
+
+def read_npz(path, field, read=np.lib.format.read_array):
+    """What `read` makes of the array named `field` in an .npz, or of its only one when that has no name."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            names = [name.removesuffix(".npy") for name in z.namelist()]
+            if field not in names and names != ["arr_0"]:
+                raise UserError(f"{path} holds {', '.join(names) or 'nothing'}; it needs an array named {field}, or a "
+                                f"single unnamed one")
+            with z.open(f"{field if field in names else 'arr_0'}.npy") as f:
+                return read(f)
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as e:
+        raise UserError(f"{path} is damaged or no .npz file ({e}); write it again") from None
+
+
 def read_array(split_dir, name):
-    """Memory-mapped all__NAME.npy."""
+    """all__NAME.npy, memory-mapped, or else what all__NAME.npz holds."""
     path = Path(split_dir) / f"all__{name}.npy"
+    if path.with_suffix(".npz").exists() and not path.exists():
+        return read_npz(path.with_suffix(".npz"), name)
     try:
         return np.load(path, mmap_mode="r")
     except FileNotFoundError:
@@ -228,18 +277,23 @@ def read_array(split_dir, name):
         raise UserError(f"{path} is truncated or no .npy file ({e}); build the dataset again") from None
 
 
-class Tokens:
-    """The examples of one split folder with token inputs and labels, as they lie on disk."""
+def must_be(where, name, a, kinds, shape):
+    """Refuse an array of another dtype.kind or shape."""
+    if a.dtype.kind not in kinds or a.shape != shape or not len(a):
+        kind = {"f": "float32", "b": "bool"}.get(kinds, "integers")
+        raise UserError(f"{where}/all__{name} is {a.dtype} {a.shape}, not {kind} {shape if len(a) else 'with rows'}; "
+                        f"build the dataset again")
 
-    def __init__(self, split_dir, meta):
-        self.inputs, self.labels = read_array(split_dir, "inputs"), read_array(split_dir, "labels")
-        expected = (len(self.inputs), meta["seq_len"])
-        for name, a in (("inputs", self.inputs), ("labels", self.labels)):
-            if a.shape != expected:
-                raise UserError(f"{split_dir}/all__{name}.npy has shape {a.shape}, dataset.json and inputs say {expected}; "
-                                f"build the dataset again")
-        self.pad, self.ignore = meta["pad_id"], meta["ignore_label_id"]
-        self.vocab_size = meta["vocab_size"]
+
+class Tokens:
+    """Examples whose inputs and labels are tokens, as they lie on disk. where: their name in messages."""
+    fields = ("inputs", "labels")
+
+    def __init__(self, where, meta, inputs, labels):
+        for name, a in (("inputs", inputs), ("labels", labels)):
+            must_be(where, name, a, "iu", (len(inputs), meta["seq_len"]))
+        self.where, self.inputs, self.labels, self.vocab_size = where, inputs, labels, meta["vocab_size"]
+        self.ignore, self.pads = meta["ignore_label_id"], (meta["pad_id"], -100)
 
     def __len__(self):
         return len(self.inputs)
@@ -251,74 +305,217 @@ class Tokens:
             labels[labels == self.ignore] = -100
         return self.inputs[examples].astype(np.int32), labels
 
-    def padding(self, n):
-        return np.full((n, self.inputs.shape[1]), self.pad, np.int32), np.full((n, self.inputs.shape[1]), -100, np.int32)
-
-    def check(self, name, chunk=1 << 20):
-        """Every token lies in the vocabulary, and something is asked. Reads the whole split."""
+    def check(self, chunk=1 << 20):
+        """Every token lies in the vocabulary, and something is asked. Reads the whole split; returns what was found."""
         for kind, a in (("inputs", self.inputs), ("labels", self.labels)):
             low = min(int(a[i:i + chunk].min()) for i in range(0, len(a), chunk))
             high = max(int(a[i:i + chunk].max()) for i in range(0, len(a), chunk))
             if low < 0 or high >= self.vocab_size:
-                raise UserError(f"{name} {kind}: tokens {low}..{high}, but vocab_size is {self.vocab_size}; "
-                                f"correct dataset.json or build the dataset again")
+                raise UserError(f"{self.where} {kind}: tokens {low}..{high}, but vocab_size is {self.vocab_size}; "
+                                f"raise vocab_size or map them")
         if high == 0 and self.ignore == 0:
-            raise UserError(f"{name} labels: all are ignored (ignore_label_id 0); build the dataset again")
-        return f"{len(self):,} examples, tokens inside 0..{self.vocab_size - 1}"
+            raise UserError(f"{self.where} labels: all are ignored (ignore_label_id 0); build the dataset again")
+        return f"{self.where}: {len(self):,} examples, tokens inside 0..{self.vocab_size - 1}"
+
+
+class Numbers:
+    """Examples of regression, as they lie on disk."""
+    fields = ("inputs", "targets", "target_mask")
+
+    def __init__(self, where, meta, *arrays):
+        S = meta["seq_len"]
+        for name, a, kind, width in zip(self.fields, arrays, "ffb", ([meta["input_dim"]], [meta["target_dim"]], [])):
+            must_be(where, name, a, kind, (len(arrays[0]), S, *width))
+        self.where, self.arrays, self.pads = where, arrays, (meta["input_pad_value"], np.nan)
+
+    def __len__(self):
+        return len(self.arrays[0])
+
+    def read(self, examples):
+        return [a[examples] for a in self.arrays]
+
+    def gather(self, examples):
+        """Examples (B,) to inputs (B, S, input_dim) and labels (B, S, target_dim) float32; NaN where the mask is false."""
+        inputs, targets, mask = self.read(examples)
+        return inputs.astype(np.float32), np.where(mask[..., None], targets, np.nan).astype(np.float32)
+
+    def check(self):
+        """All is finite, and something is asked. Reads the whole split in parts of some MB; returns what was found."""
+        cells, asked = 0, 0
+        step = max(1, (1 << 20) // self.read(np.arange(1))[0].size)
+        for i in range(0, len(self), step):
+            inputs, targets, mask = self.read(np.arange(i, min(i + step, len(self))))
+            for name, finite in (("inputs", np.isfinite(inputs)), ("targets", np.isfinite(targets) | ~mask[..., None])):
+                if not finite.all():
+                    raise UserError(f"{self.where} {name}: NaN or infinity in example {i + finite.all((1, 2)).argmin()}; "
+                                    f"build the dataset again")
+            cells, asked = cells + mask.size, asked + int(mask.sum())
+        if not asked:
+            raise UserError(f"{self.where} target_mask: all are false, nothing is asked; build the dataset again")
+        return (f"{self.where}: {len(self):,} examples, {inputs.shape[1]} x {inputs.shape[2]} finite float32 to "
+                f"{targets.shape[1]} x {targets.shape[2]}, {asked:,} of {cells:,} cells asked")
+
+
+class Episode(NamedTuple):
+    """One file of latents, and what its metadata say."""
+    file: Path
+    split: str
+    length: int
+    dim: int
+    group: tuple
+    identifier: int
+
+
+def find_episodes(folder):
+    """The Episodes of a dataset folder, train then test, by number. Opens one file at a time, and reads headers only."""
+    files = [(f, split) for split in ("train", "test") if not (folder / split / "dataset.json").exists()
+             for f in sorted((folder / split / "latents").glob("episode_*.npz"), key=lambda f: (len(f.name), f.name))]
+    found, about = [], [folder / split / "metadata" / f"{f.stem}.json" for f, split in files]
+    about = [read_json(m, "") if m.exists() else {} for m in about]
+    given = {m.get("puzzle_identifier") for m in about}
+    unused = (i for i in count(1) if i not in given)
+    for (f, split), m in zip(files, about):
+        identifier = m["puzzle_identifier"] if m.get("puzzle_identifier") is not None else next(unused)
+        if type(identifier) is not int or identifier < 0:
+            raise UserError(f"the metadata of {f} have puzzle_identifier {identifier!r}; give a number from 0 on, or none")
+        shape = read_npz(f, "latents", read_shape)
+        dim = found[0].dim if found else shape[-1]
+        if len(shape) != 2 or shape[0] < 2 or shape[1] != dim:
+            raise UserError(f"{f} has latents of shape {shape}, not (2 or more, {dim}) as the first; leave it out or write "
+                            f"it again")
+        found.append(Episode(f, split, shape[0], dim, (m.get("set"), m["group"]) if "group" in m else (f,), identifier))
+    return found
+
+
+class Episodes(Numbers):
+    """Next-latent prediction on windows of S latents, from files that are opened when they are asked for."""
+
+    def __init__(self, where, meta, episodes):
+        groups = {}
+        for e in episodes:
+            groups.setdefault(e.group, []).append(e)
+        self.episodes = [e for group in groups.values() for e in group]
+        self.shape = (meta["seq_len"], meta["input_dim"])
+        self.starts = starts([-(-(e.length - 1) // meta["seq_len"]) for e in self.episodes])
+        self.index = np.array([e.identifier for e in self.episodes]), self.starts, starts([len(g) for g in groups.values()])
+        self.where, self.pads, self.held = where, (0.0, np.nan), (None, None)
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def latents(self, number):
+        """(T, dim) of one episode; the last one is held, as the windows of an episode mostly come together."""
+        if self.held[0] != number:
+            latents = read_npz(self.episodes[number].file, "latents").astype(np.float32)
+            if not np.isfinite(latents).all():
+                raise UserError(f"{self.episodes[number].file} has NaN or infinite latents; leave it out or write it again")
+            self.held = number, latents
+        return self.held[1]
+
+    def read(self, examples):
+        inputs = np.zeros((len(examples), *self.shape), np.float32)
+        targets, mask = np.zeros_like(inputs), np.zeros(inputs.shape[:2], bool)
+        for row, example in enumerate(examples):
+            number = np.searchsorted(self.starts, example, side="right") - 1
+            start = (example - self.starts[number]) * self.shape[0]
+            window = self.latents(number)[start:start + self.shape[0] + 1]
+            n = len(window) - 1
+            inputs[row, :n], targets[row, :n], mask[row, :n] = window[:-1], window[1:], True
+        return inputs, targets, mask
+
+
+def table_names(folder, episodes):
+    """identifiers.json of a folder: names of its rows of the puzzle table. Numbers where regression has none."""
+    if not folder.exists():
+        builder = next((b for b in ("sudoku", "maze", "arc") if b in folder.name), "sudoku|maze|arc")
+        raise UserError(f"{folder} not found; build it: python prepare/{builder}.py")
+    path, metas = folder / "identifiers.json", [read_json(f, "") for f in folder.glob("*/dataset.json")]
+    if path.exists() or not all(m.get("task_type") == "regression" for m in metas):
+        return read_json(path, "build the dataset again")
+    rows = max([1] + [e.identifier + 1 for e in episodes] + [m.get("num_puzzle_identifiers", 1) for m in metas])
+    return ["<blank>", *map(str, range(1, rows))]
+
+
+def place(folders, folder):
+    """Where among `folders` this one or one with the very same identifiers.json stands; else it is put at the end."""
+    for other in sorted(folders, key=lambda f: f != folder):
+        files = [d / "identifiers.json" for d in (other, folder)]
+        if other == folder or all(f.exists() for f in files) and filecmp.cmp(*files, shallow=False):
+            return folders.index(other)
+    folders.append(folder)
+    return len(folders) - 1
+
+
+def starts(*sizes):
+    """(n + 1,) int64: where each of n consecutive pieces begins, and the end. sizes: arrays that are joined."""
+    return np.concatenate(([0], np.cumsum(np.concatenate(sizes), dtype=np.int64)))
 
 
 class Split:
     """One split (train or test) of one or several dataset folders, joined.
 
-    Identifiers of the second and later folders are shifted so that none collide; blank stays 0.
+    data: folders that are trained on; data_test: those of the test split, when they are others. Both splits of a run
+        take the same, and so agree on the puzzle table: the identifiers of every folder are shifted past those before
+        it, and blank stays 0. A folder that is only tested on has rows of its own at the end, which no training
+        reaches, or shares those of a folder with the same identifiers.json.
+    seq_len: windows of this length of latent episodes; by default the longest of all decides.
     meta: as in dataset.json, of the join. names: the identifiers, in table order. Raises UserError for a
     missing, truncated or contradictory file, and for folders that differ in what must be equal.
     """
 
-    def __init__(self, dirs, split):
-        self.dirs, self.name = [Path(d) for d in ([dirs] if isinstance(dirs, (str, Path)) else dirs)], split
-        self.sources, identifiers, sizes, groups = [], [], [], []
-        self.names = ["<blank>"]
-        for d in self.dirs:
-            meta = self.read_meta(d / split)
-            if self.sources:
-                self.must_agree(meta, d)
-            else:
-                self.meta = dict(meta)
-            self.sources.append(Tokens(d / split, meta))
-            ids, puzzles, grouping = (read_array(d / split, f"{a}") for a in
-                                      ("puzzle_identifiers", "puzzle_indices", "group_indices"))
-            self.check_indices(d / split, meta, ids, puzzles, grouping)
-            identifiers.append(np.where(ids == 0, 0, ids + len(self.names) - 1))
-            sizes.append(np.diff(puzzles))
-            groups.append(np.diff(grouping))
-            self.names += read_json(d / "identifiers.json", "build the dataset again")[1:]
-        self.puzzle_identifiers = np.concatenate(identifiers).astype(np.int32)
-        self.puzzle_indices = np.concatenate(([0], np.cumsum(np.concatenate(sizes), dtype=np.int64)))
-        self.group_indices = np.concatenate(([0], np.cumsum(np.concatenate(groups), dtype=np.int64)))
-        self.offsets = np.cumsum([0] + [len(s) for s in self.sources])
-        n_groups = len(self.group_indices) - 1
-        self.meta.update(num_puzzle_identifiers=len(self.names), total_groups=n_groups,
-                         mean_puzzle_examples=len(self) / (len(self.puzzle_indices) - 1))
+    def __init__(self, data, split, data_test=None, seq_len=None):
+        data, tested = ([Path(d) for d in ([a] if isinstance(a, (str, Path)) else a)] for a in (data, data_test or data))
+        folders, places = list(data), range(len(data))
+        tested_places = places if tested == data else [place(folders, d) for d in tested]
+        self.name, self.dirs, places = (split, data, places) if split == "train" else (split, tested, tested_places)
+        episodes = {d: find_episodes(d) for d in {*folders, *tested}}
+        seq_len = seq_len or max((e.length - 1 for found in episodes.values() for e in found), default=None)
+        self.names, shift = ["<blank>"], []
+        for d in folders:
+            shift.append(len(self.names) - 1)
+            self.names += table_names(d, episodes[d])[1:]
+        self.sources, metas, index = zip(*(self.open(d / split, episodes[d], seq_len) for d in self.dirs))
+        self.meta = metas[0]
+        for d, meta in zip(self.dirs, metas):
+            self.must_agree(meta, d / split)
+        ids, puzzles, groups = zip(*index)
+        self.puzzle_identifiers = np.concatenate([np.where(i == 0, 0, i + shift[at]) for i, at in zip(ids, places)]).astype(np.int32)
+        self.puzzle_indices, self.group_indices = (starts(*map(np.diff, a)) for a in (puzzles, groups))
+        self.offsets = starts([len(s) for s in self.sources])
+        self.meta |= {"num_puzzle_identifiers": len(self.names), "total_groups": len(self.group_indices) - 1,
+                      "mean_puzzle_examples": len(self) / (len(self.puzzle_indices) - 1)}
 
-    def read_meta(self, split_dir):
-        if not split_dir.parent.exists():
-            builder = next((b for b in ("sudoku", "maze", "arc") if b in split_dir.parent.name), "sudoku|maze|arc")
-            raise UserError(f"{split_dir.parent} not found; build it: python prepare/{builder}.py")
+    def open(self, split_dir, episodes, seq_len):
+        """(source of examples, meta, (puzzle_identifiers, puzzle_indices, group_indices)) of one split folder."""
+        blank = {"vocab_size": 0, "pad_id": None, "ignore_label_id": None, "blank_identifier_id": 0}
+        if (split_dir / "latents").is_dir() and not (split_dir / "dataset.json").exists():
+            mine = [e for e in episodes if e.split == self.name]
+            if not mine:
+                raise UserError(f"{split_dir}/latents has no episode_XXX.npz; put some there, or name another folder")
+            meta = dict(seq_len=seq_len, input_dim=mine[0].dim, target_dim=mine[0].dim, input_pad_value=0.0, **blank)
+            source = Episodes(split_dir, meta, mine)
+            return source, meta, source.index
         meta = read_json(split_dir / "dataset.json", "build the dataset again")
-        missing = sorted(META - meta.keys())
+        regression = meta.get("task_type") == "regression"
+        missing = sorted((NUMBERS_META if regression else META) - meta.keys())
         if missing:
             raise UserError(f"{split_dir}/dataset.json lacks {', '.join(missing)}; build the dataset again")
-        return meta
+        meta = {"input_pad_value": 0.0, "num_puzzle_identifiers": 1, **meta, **blank} if regression else meta
+        kind = Numbers if regression else Tokens
+        source = kind(split_dir, meta, *(read_array(split_dir, name) for name in kind.fields))
+        if regression and not any(split_dir.glob(f"all__{name}.np?") for name in INDEX):
+            return source, meta, (np.zeros(len(source), np.int32), np.arange(len(source) + 1), np.arange(len(source) + 1))
+        index = [read_array(split_dir, name) for name in INDEX]
+        self.check_index(split_dir, len(source), meta["num_puzzle_identifiers"], *index)
+        return source, meta, index
 
-    def must_agree(self, meta, d):
-        for key in ("seq_len", "vocab_size", "pad_id", "ignore_label_id"):
-            if meta[key] != self.meta[key]:
-                raise UserError(f"{d} has {key} {meta[key]}, {self.dirs[0]} has {self.meta[key]}; "
-                                f"datasets can be joined only where these are equal")
+    def must_agree(self, meta, where):
+        for key in EQUAL:
+            if meta.get(key) != self.meta.get(key):
+                raise UserError(f"{where} has {key} {meta.get(key)}, {self.dirs[0] / self.name} has {self.meta.get(key)}; "
+                                f"datasets go together only where these are equal")
 
-    def check_indices(self, split_dir, meta, ids, puzzles, groups):
-        n, n_ids = len(self.sources[-1]), meta["num_puzzle_identifiers"]
+    def check_index(self, split_dir, n, n_ids, ids, puzzles, groups):
         for name, a, end in (("puzzle_indices", puzzles, n), ("group_indices", groups, len(ids))):
             if len(a) < 2 or a[0] != 0 or a[-1] != end or (np.diff(a) < 0).any():
                 raise UserError(f"{split_dir}/all__{name}.npy does not rise from 0 to {end}; build the dataset again")
@@ -327,7 +524,7 @@ class Split:
                             f"{len(puzzles) - 1} puzzles and {n_ids} rows; build the dataset again")
 
     def __len__(self):
-        return int(self.offsets[-1]) if hasattr(self, "offsets") else sum(len(s) for s in self.sources)
+        return int(self.offsets[-1])
 
     @property
     def identity(self):
@@ -344,7 +541,8 @@ class Split:
         return np.searchsorted(self.puzzle_indices, examples, side="right") - 1
 
     def gather(self, examples, puzzles=None, size=None):
-        """Arrays (inputs, labels, puzzle_ids) of the given examples (B,), padded to `size` rows when fewer."""
+        """Arrays (inputs, labels, puzzle_ids) of the given examples (B,). Padded to `size` rows when fewer: pad_id, -100
+        (in regression input_pad_value, NaN) and the blank identifier."""
         puzzles = self.puzzle_of(examples) if puzzles is None else puzzles
         if len(self.sources) == 1:
             inputs, labels = self.sources[0].gather(examples)
@@ -353,16 +551,16 @@ class Split:
             parts = [s.gather(examples[source == i] - self.offsets[i]) for i, s in enumerate(self.sources)]
             back = np.argsort(np.argsort(source, kind="stable"), kind="stable")
             inputs, labels = (np.concatenate(p)[back] for p in zip(*parts))
-        ids = self.puzzle_identifiers[puzzles]
-        if size is not None and size > len(ids):
-            extra = self.sources[0].padding(size - len(ids))
-            inputs, labels = np.concatenate((inputs, extra[0])), np.concatenate((labels, extra[1]))
-            ids = np.concatenate((ids, np.full(size - len(ids), self.meta["blank_identifier_id"], np.int32)))
-        return inputs, labels, ids
+        arrays = inputs, labels, self.puzzle_identifiers[puzzles]
+        if size is None or size <= len(examples):
+            return arrays
+        pads = *self.sources[0].pads, self.meta["blank_identifier_id"]
+        return tuple(np.concatenate((a, np.full((size - len(a), *a.shape[1:]), pad, a.dtype)))
+                     for a, pad in zip(arrays, pads))
 
     def check(self):
         """Sanity check of the whole split: returns a line per folder saying what was checked."""
-        return [f"{d / self.name}: {s.check(d / self.name)}" for d, s in zip(self.dirs, self.sources)]
+        return [s.check() for s in self.sources]
 
 
 class Cursor(NamedTuple):
@@ -417,43 +615,11 @@ def exploration(seed, step, batch_size, probability, halt_max_steps):
     return np.where(explores, steps, 0).astype(np.int32)
 
 
-def test_batches(split, batch_size, rank=0, world=1, limit=None):
-    """Yield (examples, (inputs, labels, puzzle_ids)) of this rank's share of the split in order: batch number
-    rank, rank + world, ...; the last one is padded with pad_id, -100 and the blank identifier."""
-    n = min(len(split), limit or len(split))
-    for start in range(rank * batch_size, n, world * batch_size):
-        examples = np.arange(start, min(start + batch_size, n))
-        yield examples, split.gather(examples, size=batch_size)
-
-
 def prefetch(batches, depth=2):
     """Run an iterator in a thread, `depth` items ahead; an exception in it is raised here."""
-    done, q, stop = object(), queue.Queue(depth), threading.Event()
-
-    def put(item):
-        while not stop.is_set():
-            try:
-                return q.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work():
-        try:
-            for item in batches:
-                put((item, None))
-                if stop.is_set():
-                    return
-            put((done, None))
-        except BaseException as e:
-            put((done, e))
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while True:
-            item, error = q.get()
-            if error is not None:
-                raise error
-            if item is done:
-                return
+    batches, done = iter(batches), object()
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque(pool.submit(next, batches, done) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not done:
+            ahead.append(pool.submit(next, batches, done))
             yield item
-    finally:
-        stop.set()

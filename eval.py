@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from io import BytesIO
@@ -35,6 +36,16 @@ from model import IGNORE, Batch, CheckpointError, Config, act_loss, build, compi
 from prepare import arc, maze, sudoku
 
 
+@contextmanager
+def peers():
+    """Around a collective: a rank that died or hangs becomes one line. Raises UserError."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise UserError(f"another rank died or hangs ({str(e).splitlines()[0][:150]}); look for its own message above, and start "
+                        f"again (train.py: with --resume)") from None
+
+
 @dataclass
 class World:
     """The processes of a run. Every collective is a no-op in a world of one."""
@@ -42,12 +53,22 @@ class World:
     size: int
     device: torch.device
 
+    @peers()
     def sum(self, tensor):
         """Sum over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
+    @peers()
+    def agree(self, number):
+        """The largest of all ranks' whole numbers. Goes over gloo, so that it does not wait for a GPU."""
+        box = torch.tensor(number)
+        if self.size > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX)
+        return int(box)
+
+    @peers()
     def gather(self, tensor):
         """(B, ...) of every rank, concatenated in rank order to (size * B, ...)."""
         if self.size == 1:
@@ -56,6 +77,7 @@ class World:
         dist.all_gather_into_tensor(out, tensor.contiguous())
         return out
 
+    @peers()
     def gather_objects(self, value):
         """List of every rank's picklable value, in rank order."""
         if self.size == 1:
@@ -86,7 +108,9 @@ def start_world(device, timeout_s):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+        with peers():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(seconds=timeout_s))
     return World(rank, size, device)
 
 
@@ -964,7 +988,7 @@ def main(argv=None):
         world.close()
 
 
-def open_split(dirs, known, world):
+def open_split(dirs, known, world, content):
     """The test split, built first when it is a known one and absent."""
     folder, builder, flags = DATASETS.get(known, (None, None, None))
     if dirs == [folder] and not Path(folder).exists() and world.rank == 0:
@@ -973,7 +997,8 @@ def open_split(dirs, known, world):
     world.gather_objects(None)
     if not dirs:
         raise UserError("--data is missing: this checkpoint does not say which dataset it is for")
-    return Split(dirs, "test")
+    trained = content.get("data", []) if all(Path(d).exists() for d in content.get("data", [])) else []
+    return Split(trained or dirs, "test", dirs, content.get("config", {}).get("seq_len"))
 
 
 def choose_examples(split, limit, max_aug):
@@ -1005,7 +1030,7 @@ def run(args, world):
     content = load_file(path)
     dirs, split = args.data or content.get("data_test") or ([DATASETS[known][0]] if known else []), None
     if not args.export and (not args.solve or dirs and all(Path(d).exists() for d in dirs)):
-        split = open_split(dirs, known, world)
+        split = open_split(dirs, known, world, content)
     cfg, state = read_model(content, settings, split.meta["seq_len"] if split else None, args.ema)
     if split:
         check_task(args, cfg, split)

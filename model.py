@@ -212,7 +212,8 @@ class TRM(nn.Module):
         D, V = cfg.hidden_size, cfg.target_dim or cfg.vocab_size
         self.cfg = cfg
         self.dtype = getattr(torch, cfg.dtype)
-        self.embed_tokens = nn.Parameter(trunc_normal((cfg.input_dim or V, D), D ** -0.5, generator))
+        rows = cfg.input_dim or V                 # x has unit variance for a token, and for numbers of unit variance
+        self.embed_tokens = nn.Parameter(trunc_normal((rows, D), (D * max(1, cfg.input_dim)) ** -0.5, generator))
         if cfg.pos_encodings == "learned":
             self.embed_pos = nn.Parameter(trunc_normal((cfg.length, D), D ** -0.5, generator))
         self.blocks = nn.ModuleList(Block(cfg, generator) for _ in range(cfg.num_layers))

@@ -51,7 +51,9 @@ SHAPES = {"mini": (8, 36, 1, 1000, 1.0), "sudoku": (11, 81, 1, 1000, 1.0), "sudo
           "maze": (6, 900, 1, 1000, 1.0), "arc1": (12, 900, 876_406, 960, 4.1458), "arc2": (12, 900, 1_191_730, 1280, 4.0)}
 SHAPE_KEYS = ("vocab_size", "seq_len", "num_puzzle_identifiers", "total_groups", "mean_puzzle_examples")
 LIMIT_REACHED = 1   # why a run stops: this, or the number of a signal
-MATTERS = ("global_batch_size", "seed", "eval_interval", "grad_accum", "optimizer")  # cannot change on resume
+MATTERS = ("preset", "global_batch_size", "seed", "eval_interval", "optimizer")  # with the Config: cannot change on resume
+OF_THE_MACHINE = ("resume", "plot", "bench", "max_steps", "max_minutes", "device", "dist_timeout")  # not kept in a checkpoint
+COUNTERS = ("step", "logged_step", "best", "train_s", "logged_s", "eval_due")  # of a Run, as they are in a checkpoint
 
 
 # ---------------------------------------------------------------------------------------------
@@ -75,6 +77,7 @@ def parser(suppress=False):
     flag(g, "--preset", "mini", "a task with its settings", choices=list(PRESETS))
     flag(g, "--data", None, "dataset folders, joined", nargs="+", metavar="DIR")
     flag(g, "--data-test", None, "folders for the test split (default: as --data)", nargs="+", metavar="DIR")
+    flag(g, "--seq-len", None, "windows of latent episodes (default: the longest)", type=int)
     flag(g, "--seed", 0, "of weights, data order and exploration")
     g = p.add_argument_group("model")
     flag(g, "--mixer", "attn", "mixes positions", choices=["attn", "mlp"])
@@ -139,40 +142,37 @@ def parser(suppress=False):
     return p
 
 
-def settings(argv):
-    """(args, checkpoint or None): defaults, then the preset, then a resumed run's settings, then flags."""
-    parser().parse_args(argv)   # prints the help, or what is wrong
+def settings(argv, world=scoring.World(0, 1, torch.device("cpu"))):
+    """(args, checkpoint or None, notes for the user): defaults, then the preset or a resumed run's settings, then flags."""
     given = vars(parser(suppress=True).parse_args(argv))
-    checkpoint = None
     values = vars(parser().parse_args([]))
-    resume = given.get("resume") or ("newest" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None)
-    if resume:
-        path = newest_run(given.get("preset", "mini"), given.get("run_dir")) if resume == "newest" else Path(resume)
-        if path is None and "resume" in given:
-            raise UserError(f"--resume: no run of preset {given.get('preset', 'mini')} with a checkpoint under runs/; name one")
-        if path is not None:
-            checkpoint, path = find_checkpoint(path)
-            values.update(checkpoint["settings"], resume=str(path), max_steps=None, max_minutes=None)
-            values["run_dir"] = values["run_dir"] if path.parent == Path(checkpoint["path"]) else str(path.parent)
-            values["checkpoint_path"] = str(path.parent)
-    if checkpoint is None:
-        values.update(PRESETS[given.get("preset", values["preset"])])
-    args = argparse.Namespace(**{**values, **given, "resume": values["resume"]})
-    if checkpoint is not None:
-        for name in given.keys() & checkpoint["settings"].keys() - {"resume"}:
-            old, new = checkpoint["settings"][name], given[name]
-            if old != new and name in MATTERS:
-                raise UserError(f"--{name.replace('_', '-')} {new} differs from the run's {old}; a run cannot change it: "
-                                f"leave it out, or begin a new run")
-            if old != new:
-                print(f"resume: {name} {old} -> {new}")
-    return args, checkpoint
+    checkpoint, path, notes = find_run(given) if world.rank == 0 else (None, None, [])
+    path, notes = world.gather_objects((path, notes))[0]   # rank 0 chose for all
+    if path is None:
+        preset = PRESETS[given.get("preset", values["preset"])]
+        return argparse.Namespace(**{**values, **preset, **given, "resume": None}), None, notes
+    checkpoint = checkpoint or load_file(path)
+    saved = checkpoint["settings"]
+    for name in sorted(given.keys() & saved.keys()):
+        if given[name] != saved[name] and name in MATTERS:
+            raise UserError(f"--{name.replace('_', '-')} {given[name]} differs from the run's {saved[name]}; a run cannot change "
+                            f"it: leave it out, or begin a new run")
+        if given[name] != saved[name]:
+            notes.append(f"changed on resume: {name} {saved[name]} -> {given[name]}")
+    values.update(saved, checkpoint_path=given.get("run_dir", str(path.parent)))   # another --run-dir begins a branch
+    if saved["run_dir"] == saved["checkpoint_path"]:
+        values["run_dir"] = str(path.parent)   # wherever it was moved to
+    return argparse.Namespace(**{**values, **given, "resume": str(path)}), checkpoint, notes
 
 
 def check(args, world):
     """What the flags must satisfy together. Raises UserError."""
+    for name in ("global_batch_size", "grad_accum", "epochs", "eval_interval", "log_interval", "num_layers", "H_cycles", "L_cycles",
+                 "halt_max_steps", "max_steps", "checkpoint_interval", "keep_last", "eval_limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is below 1; use 1 or more")
     G, parts = args.global_batch_size, world.size * args.grad_accum
-    if G < 1 or G % parts:
+    if G % parts:
         near = max(parts, G // parts * parts)
         ranks = f"{world.size} ranks" + (f" x {args.grad_accum} parts" if args.grad_accum > 1 else "")
         raise UserError(f"--global-batch-size {G} is not a multiple of {ranks}; use {near} or {near + parts}")
@@ -182,9 +182,8 @@ def check(args, world):
     if args.puzzle_emb_ndim > args.puzzle_emb_len * args.hidden_size:
         raise UserError(f"--puzzle-emb-ndim {args.puzzle_emb_ndim} is wider than --puzzle-emb-len {args.puzzle_emb_len} x "
                         f"--hidden-size {args.hidden_size}; lower it to {args.puzzle_emb_len * args.hidden_size}")
-    for name in ("epochs", "eval_interval", "log_interval", "num_layers", "H_cycles", "L_cycles", "halt_max_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is below 1; use 1 or more")
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        raise UserError("--wandb needs the package wandb; pip install wandb, or leave the flag out")
 
 
 def config_of(args, meta):
@@ -328,8 +327,12 @@ class Run:
         self.carries = None
         self.sums = torch.zeros(len(metric_names(cfg)), device=world.device)   # since the last log line
         self.nan_step = torch.zeros((), dtype=torch.int64, device=world.device)
-        self.step, self.logged_step, self.cursor = 0, 0, Cursor()
-        self.best, self.train_s, self.logged_s = None, 0.0, 0.0
+        self.cursor, self.data = Cursor(), {}
+        self.step, self.logged_step, self.best, self.train_s, self.logged_s, self.eval_due = 0, 0, None, 0.0, 0.0, False
+
+    def note(self, value):
+        """Remember the first step at which a value was not finite; does not wait for the device."""
+        self.nan_step = torch.where((self.nan_step == 0) & ~value.isfinite(), self.step + 1, self.nan_step)
 
     def restore(self, checkpoint):
         """Everything but the weights, which the constructor took."""
@@ -337,36 +340,34 @@ class Run:
             if buffer is not None and checkpoint[name] is not None:
                 for key, view in self.flat.views(buffer).items():
                     view.copy_(checkpoint[name][key])
-        self.step, self.logged_step, self.best = checkpoint["step"], checkpoint["logged_step"], checkpoint["best"]
-        self.train_s = self.logged_s = checkpoint["train_s"]
+        for name in COUNTERS:
+            setattr(self, name, checkpoint[name])
         self.cursor = unpack_cursor(checkpoint["cursor"])
-        if self.world.rank == 0:   # the sums of all ranks were added up when they were saved
-            self.sums.copy_(checkpoint["sums"])
-        if checkpoint["carry"] is None:
-            print("resume: the checkpoint holds no carry; every row begins a new puzzle")
-            return
-        mine = [t[self.world.rank * self.rows:(self.world.rank + 1) * self.rows].to(self.world.device)
-                for t in checkpoint["carry"]]
-        self.carries = [Carry(*part) for part in zip(*(t.chunk(self.args.grad_accum) for t in mine))]
+        sums = checkpoint["sums"]   # of every rank; in a world of another size the first one takes them all
+        mine = sums if len(sums) == self.world.size else torch.cat((sums.sum(0, keepdim=True), sums.new_zeros(self.world.size, sums.shape[1])))
+        self.sums.copy_(mine[self.world.rank])
+        if checkpoint.get("carry"):   # slots of the global batch in order: rank by rank, part by part
+            n = self.rows // self.args.grad_accum
+            starts = range(self.world.rank * self.rows, (self.world.rank + 1) * self.rows, n)
+            self.carries = [Carry(*(t[i:i + n].to(self.world.device, copy=True) for t in checkpoint["carry"])) for i in starts]
 
-    def checkpoint(self, split):
-        """The content of a checkpoint file (rank 0; None elsewhere). A collective: every rank calls it."""
-        carry = [self.world.gather(torch.cat(parts)) for parts in zip(*self.carries)] if self.carries else None
-        sums = self.world.sum(self.sums.clone())
-        if self.world.rank:
+    def checkpoint(self):
+        """The content of a checkpoint file on rank 0, None elsewhere. A collective: every rank calls it."""
+        first, carry = self.world.rank == 0, []
+        for parts in zip(*self.carries or []):   # one at a time leaves the device: they are large
+            whole = self.world.gather(torch.cat(parts))
+            carry.append(whole.cpu() if first else None)
+        sums = self.world.gather(self.sums.view(1, -1))
+        if not first:
             return None
 
         def copy(buffer):
             return None if buffer is None else {k: v.cpu().clone() for k, v in self.flat.views(buffer).items()}
         return {
             "config": asdict(self.cfg), "model": {k: v.cpu().clone() for k, v in self.model.state_dict().items()},
-            "ema": copy(self.ema), "m": copy(self.adam.m), "v": copy(self.adam.v),
-            "carry": carry and [t.cpu() for t in carry], "sums": sums.cpu(), "cursor": pack_cursor(self.cursor),
-            "step": self.step, "logged_step": self.logged_step, "epoch": self.epoch, "best": self.best,
-            "train_s": self.train_s, "identity": split.identity, "recipe": split.recipe,
-            "data": [str(d) for d in split.dirs], "data_test": self.args.data_test or [str(d) for d in split.dirs],
-            "settings": {k: v for k, v in vars(self.args).items() if k not in ("resume", "plot", "bench", "max_steps", "max_minutes")},
-            "path": str(self.args.checkpoint_path), "torch": str(torch.__version__)}
+            "ema": copy(self.ema), "m": copy(self.adam.m), "v": copy(self.adam.v), "carry": carry or None, "sums": sums.cpu(),
+            "cursor": pack_cursor(self.cursor), **{name: getattr(self, name) for name in COUNTERS}, "epoch": self.epoch, **self.data,
+            "settings": {k: v for k, v in vars(self.args).items() if k not in OF_THE_MACHINE}, "torch": str(torch.__version__)}
 
     @property
     def epoch(self):
@@ -400,73 +401,122 @@ def checkpoints(folder):
     return sorted(Path(folder).glob("step_*.ckpt"), reverse=True)
 
 
-def newest_run(preset, run_dir=None):
-    """The run folder that was saved to last, among those of a preset (or just run_dir), or None."""
-    folders = [Path(run_dir)] if run_dir else Path("runs").glob(f"{preset}-*")
-    return max((f for f in folders if (f / "latest.txt").exists()), key=lambda f: (f / "latest.txt").stat().st_mtime, default=None)
+def run_folders(*folders):
+    """Those that hold a log, the one last written to first."""
+    logs = [Path(f) / "log.jsonl" for f in folders]
+    return [p.parent for p in sorted((p for p in logs if p.exists()), key=lambda p: p.stat().st_mtime, reverse=True)]
+
+
+def last_start(run_dir):
+    """The last "start" record in the log of a run: its settings, command, machine."""
+    return next((r for r in reversed(read_log(Path(run_dir) / "log.jsonl")) if r["event"] == "start"), {})
+
+
+def checkpoint_folder(run_dir):
+    """Where a run saves: its folder, or the --checkpoint-path in its log."""
+    return run_dir if checkpoints(run_dir) else Path(last_start(run_dir).get("settings", {}).get("checkpoint_path", run_dir))
+
+
+def find_run(given):
+    """(checkpoint, its file, notes) that the flags given ask to go on with; (None, None, []) for a new run.
+
+    A process that torchrun started again (--max-restarts) goes on with what its job had begun. Raises UserError."""
+    resume, run_dir = given.get("resume"), given.get("run_dir")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        named = [Path(p).parent if Path(p).is_file() else p for p in (run_dir, resume) if p]
+        for folder in run_folders(*named, *Path("runs").glob("*")):
+            if last_start(folder).get("job") == os.environ["TORCHELASTIC_RUN_ID"] and checkpoints(checkpoint_folder(folder)):
+                return find_checkpoint(folder)
+    if resume == "newest":
+        preset = given.get("preset", "mini")
+        folders = run_folders(*([run_dir] if run_dir else Path("runs").glob(f"{preset}-*")))
+        resume = next((f for f in folders if checkpoints(checkpoint_folder(f))), None)
+        if resume is None:
+            raise UserError(f"--resume: no run with a checkpoint in {run_dir or f'runs/{preset}-*'}; name a run folder or a file")
+    return find_checkpoint(Path(resume)) if resume else (None, None, [])
 
 
 def find_checkpoint(path):
-    """(content, file) of a checkpoint file, or of the newest good one of a run folder; damaged ones are named."""
-    if path.is_file() or path.suffix == ".ckpt":
-        return load_file(path), path
-    candidates = checkpoints(path)
-    latest = path / "latest.txt"
-    if latest.exists():   # what it names comes first; the others stand by in case that one is damaged
-        candidates.sort(key=lambda p: p.name == latest.read_text().strip(), reverse=True)
-    for candidate in candidates:
+    """(content, file, notes) of a checkpoint file, or of the newest good one of a run folder. Raises UserError."""
+    if not path.is_dir():
+        files, notes = [path], []
+    else:
+        folder, notes = checkpoint_folder(path), []
+        files, latest = checkpoints(folder), folder / "latest.txt"
+        name = latest.read_text().strip() if latest.exists() else ""
+        if folder / name in files:   # those after it are of a future that this run left
+            files = files[files.index(folder / name):]
+    for file in files:
         try:
-            return load_file(candidate), candidate
+            content = load_file(file)
         except CheckpointError as e:
-            print(f"resume: {e}; trying the one before", file=sys.stderr)
-    raise UserError(f"{path} holds no good checkpoint (step_*.ckpt); begin a new run")
+            notes.append(str(e))
+            continue
+        if not {"settings", "m", "sums"} <= content.keys():
+            raise UserError(f"{file} holds weights, but no state of training; --resume needs a checkpoint that train.py wrote")
+        return content, file, [f"{note}; using {file.name}, the one before" for note in notes]
+    raise UserError("; ".join(notes) or f"{path} holds no checkpoint (step_*.ckpt); name another, or begin a new run")
 
 
-def must_match(checkpoint, cfg, split):
+def about_data(split, test):
+    """What a checkpoint says of its data. data_sha256: of the sizes and a hundred examples, to know the data again."""
+    some = np.linspace(0, len(split) - 1, 100).astype(np.int64)
+    digest = hashlib.sha256(json.dumps([len(split), len(split.puzzle_indices), len(split.group_indices)]).encode())
+    for array in split.gather(some):
+        digest.update(array.tobytes())
+    return {"identity": split.identity, "recipe": split.recipe, "data_sha256": digest.hexdigest(),
+            "data": [str(d) for d in split.dirs], "data_test": [str(d) for d in test.dirs]}
+
+
+def must_match(checkpoint, cfg, data):
     """Refuse to resume a run with another architecture or other data, by name."""
+    if any(checkpoint[k] != data[k] for k in ("identity", "data_sha256")):
+        raise UserError(f"--data {' '.join(data['data'])} holds other puzzles than the run was trained on; leave it out or name "
+                        f"its data ({' '.join(checkpoint['data'])} then), or begin a new run")
     for name, old in checkpoint["config"].items():
         new = getattr(cfg, name)
         if old != new:
-            raise UserError(f"--{name.replace('_', '-')} {new} differs from the checkpoint's {old}; a run cannot change it: "
+            raise UserError(f"--{name.replace('_', '-')} {new} differs from the run's {old}; a run cannot change it: "
                             f"leave it out, or begin a new run")
-    if checkpoint["identity"] != split.identity:
-        raise UserError(f"the puzzles of {', '.join(map(str, split.dirs))} are not those of the run (identifiers.json differs); "
-                        f"resume with --data {' '.join(checkpoint['data'])}")
 
 
-def save(run, split, log, is_best=False):
-    """Write step_N.ckpt, latest.txt and, if it is the best, best.ckpt; then drop what --keep-last does not keep."""
-    args, folder = run.args, Path(run.args.checkpoint_path)
-    content = run.checkpoint(split)
-    failed = torch.zeros(1, device=run.world.device)
-    if content is not None:
+def save(run, log, is_best=False):
+    """Write step_N.ckpt, latest.txt and, if it is the best, best.ckpt; then drop what --keep-last does not keep.
+    Raises UserError on every rank when rank 0 could not, unless --on-save-error continue."""
+    args, folder, failed = run.args, Path(run.args.checkpoint_path), False
+    content = run.checkpoint()
+    if run.world.rank == 0:
         path = folder / f"step_{run.step:08d}.ckpt"
         try:
+            for torn in folder.glob("*.tmp"):   # of a run that was killed while it saved
+                torn.unlink()
             save_file(path, content)
-            write_text(folder / "latest.txt", path.name + "\n")
+            write_bytes(folder / "latest.txt", f"{path.name}\n".encode())
             if is_best:
                 mirror(path, folder / "best.ckpt")
-            keep = args.keep_last or sys.maxsize
-            for old in checkpoints(folder)[keep:]:
+            upto = checkpoints(folder)
+            for old in upto[upto.index(path):][args.keep_last or len(upto):]:
                 old.unlink()
-            log.write("save", run.step, file=path.name, best=is_best)
         except (OSError, RuntimeError) as e:   # torch reports a full disk as a RuntimeError of its zip writer
-            failed += 1
-            log.say(f"saving {path} failed: {str(e).splitlines()[0][:150]}; the older checkpoints are untouched")
-    if run.world.sum(failed).item() and args.on_save_error == "stop":
-        raise UserError(f"could not save at step {run.step}; make room in {folder} and --resume, or use --on-save-error continue")
+            failed = True
+            log.say(f"saving {path} failed ({str(e).splitlines()[0][:150]}); the older checkpoints are untouched")
+    if run.world.agree(failed) and args.on_save_error == "stop":
+        raise UserError(f"no checkpoint at step {run.step}: make room in {folder} and --resume, or use --on-save-error continue")
 
 
-def write_text(path, text):
+def write_bytes(path, content):
+    """All or nothing, as save_file."""
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
+    try:
+        tmp.write_bytes(content)
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def mirror(path, target):
-    """target becomes the same file, as a hard link where the file system has them."""
+    """target becomes the same file, as a hard link where the file system has them: it stays when `path` is deleted."""
     tmp = target.with_name(target.name + ".tmp")
-    tmp.unlink(missing_ok=True)
     try:
         os.link(path, tmp)
     except OSError:
@@ -480,29 +530,34 @@ def mirror(path, target):
 class Log:
     """log.jsonl, the console and, if asked for, wandb; silent on all ranks but the first."""
 
-    def __init__(self, run_dir, args, rank, resumed_step=None):
-        self.file = self.bar = self.wandb = None
+    def __init__(self, run_dir, args, rank, checkpoint=None):
+        self.file = self.wandb = None
         if rank:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "log.jsonl"
-        if resumed_step is not None:   # lines after the checkpoint will be written again
-            kept = [r for r in read_log(path) if r["step"] <= resumed_step and r["event"] != "result"]
-            write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
-        self.file = open(path, "a")
+        path, kept = run_dir / "log.jsonl", []
+        if checkpoint is not None:   # lines after it will be written again, and those of an evaluation that is still due
+            kept = [r for r in read_log(path) if r["step"] <= checkpoint["step"] and r["event"] != "result"
+                    and not (checkpoint["eval_due"] and (r["event"], r["step"]) == ("val", checkpoint["step"]))]
+        write_bytes(path, b"".join(json.dumps(r).encode() + b"\n" for r in kept))
+        self.file = open(path, "ab", buffering=0)
         if args.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("--wandb needs the package wandb; pip install wandb, or leave the flag out") from None
+            import wandb
             self.wandb = wandb.init(project=args.wandb, name=run_dir.name, config=vars(args), resume="allow", id=run_dir.name)
 
     def write(self, event, step, **values):
-        if self.file:
-            self.file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-            self.file.flush()
-            if self.wandb and event in ("train", "val"):
-                self.wandb.log(values, step=step)
+        """A line of the log, and train/* and val/* to wandb. On a full disk the line is lost, whole, and the run goes on."""
+        if not self.file:
+            return
+        line, size = json.dumps({"event": event, "step": step, **values}).encode() + b"\n", os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError("disk full")
+        except OSError as e:
+            self.file.truncate(size)
+            self.say(f"log.jsonl lost a line of step {step}: {e.strerror or e}")
+        if self.wandb and event in ("train", "val"):
+            self.wandb.log(values, step=step)
 
     def say(self, text):
         if self.file:
@@ -518,7 +573,7 @@ class Log:
 def read_log(path):
     """The records of a log.jsonl; a line torn by a crash is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -537,19 +592,21 @@ def plot(run_dirs, out):
             raise UserError(f"{run_dir}/log.jsonl has no training lines to draw; name a run folder")
         regression = any("train/regression_loss" in r for r in records)
         keys = {"loss": "regression_loss", "score": "within_tolerance"} if regression else {"loss": "lm_loss", "score": "exact_acc"}
+        val = "val (EMA)" if last_start(run_dir).get("settings", {}).get("ema") else "val"
         for panel, key in keys.items():
-            for split, style in (("train", dict(lw=1, alpha=0.7)), ("val", dict(marker="o", lw=2, ls="--"))):
+            for split, label, style in (("train", "train", dict(lw=1, alpha=0.5)), ("val", val, dict(marker="o", lw=2))):
                 points = [(r["step"], r[f"{split}/{key}"]) for r in records if r["event"] == split and f"{split}/{key}" in r]
-                label = f"{split}{' (EMA)' if split == 'val' and records[0].get('settings', {}).get('ema') else ''}"
-                axes[panel].plot(*zip(*points) if points else ((), ()), color=f"C{2 * i + (split == 'val')}",
-                                 label=label if len(run_dirs) == 1 else f"{Path(run_dir).name} {label}", **style)
+                axes[panel].plot(*zip(*points) if points else ((), ()), color=f"C{i}" if split == "train" or len(run_dirs) > 1 else "C1",
+                                 label=label if len(run_dirs) == 1 else f"{Path(run_dir).name}: {label}", **style)
             axes[panel].set(xlabel="training step", ylabel=key, title=key)
     axes["loss"].set_yscale("log")
     axes["score"].set_ylim(-0.02, 1.02)
     for ax in axes.values():
         ax.grid(alpha=0.3)
         ax.legend(fontsize=9)
-    fig.savefig(out)
+    picture = BytesIO()
+    fig.savefig(picture, format="png")
+    write_bytes(out, picture.getvalue())
     return out
 
 
@@ -616,13 +673,13 @@ def update(run, factor):
     run.step += 1
 
 
-def train_metrics(run, reset):
+def train_metrics(run):
     """Means since the last log line, as train/...; the only place that waits for the device. Raises UserError on NaN."""
-    totals = run.world.sum(run.sums.clone())
-    bad = run.world.gather(run.nan_step.view(1)).max()
-    totals, bad = totals.tolist(), int(bad)
+    totals = run.world.sum(run.sums.clone()).tolist()
+    bad = run.world.agree(int(run.nan_step))
     if bad:
-        raise UserError(f"the loss is not finite at step {bad}; the last good checkpoint is kept: lower --lr and --resume")
+        raise UserError(f"the loss or its gradient is not finite at step {bad}; the last good checkpoint is kept: lower --lr and "
+                        f"--resume")
     rows = max(1, run.step - run.logged_step) * run.args.global_batch_size
     names = metric_names(run.cfg)
     count = totals[0]
@@ -630,129 +687,164 @@ def train_metrics(run, reset):
     metrics |= {f"train/{n}": v / rows for n, v in zip(names[5:], totals[5:])}
     metrics["train/loss"] = (totals[5] + 0.5 * (totals[6] + totals[7])) / rows
     metrics["train/count"] = count
-    if reset:
-        run.sums.zero_()
     return metrics
 
 
-def evaluate(run, test, log, total_steps):
-    """Score the test split with the averaged weights; returns the results, written to the log as val/..."""
+def evaluate(run, test):
+    """Score the test split with the averaged weights."""
     run.with_ema()
     run.model.eval()
     results = scoring.evaluate(run.model, test, run.world, run.rows // run.args.grad_accum, limit=run.args.eval_limit)
     run.model.train()
     run.with_ema()
+    return results
+
+
+def log_evaluation(run, log, results, total_steps):
+    """Write the results as val/...; returns whether the monitored one is the best so far. Raises UserError that lists
+    the valid names."""
     flat = {f"val/{k}": v for k, v in results.items() if isinstance(v, (int, float))}
-    log.write("val", run.step, **flat)
+    log.write("val", run.step, epoch=run.epoch, **flat)
     log.say(f"step {run.step}/{total_steps}: " + "  ".join(f"{k} {v:.4f}" for k, v in flat.items() if isinstance(v, float)))
-    return results, flat
-
-
-def is_best(run, flat):
-    """Whether the monitored metric improved. Raises UserError that lists the valid names."""
-    name = run.args.monitor
+    name, sign = run.args.monitor, 1 if run.args.monitor_mode == "max" else -1
     if name == "none":
         return False
     if name not in flat:
         raise UserError(f"--monitor {name} is not measured; choose one of {', '.join(flat)}, none")
-    better = run.best is None or (flat[name] > run.best if run.args.monitor_mode == "max" else flat[name] < run.best)
-    if better:
-        run.best = flat[name]
-    return better
+    best = run.best is None or sign * flat[name] > sign * run.best
+    run.best = flat[name] if best else run.best
+    return best
 
 
 def sanity_checks(run, splits, log):
     """First batch of every split and one forward and backward, before hours are spent. Raises UserError."""
-    for split in splits:
+    rows = run.rows // run.args.grad_accum
+    for split in reversed(splits):   # the training batch comes last, and is used below
         for line in split.check():
             log.say(f"checked {line}")
-    split = splits[0]
-    examples = np.arange(min(run.rows // run.args.grad_accum, len(split)))
-    arrays = split.gather(examples, size=run.rows // run.args.grad_accum)
-    explore = np.zeros(len(arrays[2]), np.int32)
-    batch = Batch(*(torch.from_numpy(a).to(run.world.device) for a in (*arrays, explore)))
+        inputs, labels, ids = arrays = split.gather(np.arange(min(rows, len(split))), size=rows)
+        asked = ~np.isnan(labels).any(-1) if run.cfg.regression else labels != IGNORE
+        if not asked.any():
+            raise UserError(f"{split.name}: the labels of the first {rows} rows are all ignored; build the dataset again")
+        if np.isnan(inputs).any():
+            raise UserError(f"{split.name}: an input of the first {rows} rows is NaN; build the dataset again")
+        log.say(f"checked the first batch of {split.name}: inputs {inputs.shape} {inputs.dtype} in {inputs.min():.6g} .. "
+                f"{inputs.max():.6g}, labels {labels.shape} {labels.dtype}, {asked.mean():.0%} asked, puzzle rows {ids.min()} .. {ids.max()}")
+    batch = Batch(*(torch.from_numpy(a).to(run.world.device) for a in (*arrays, np.zeros(rows, np.int32))))
     carry, logits, q = run.model.step(run.model.empty_carry(batch), batch, run.deltas[0])
     loss, _ = act_loss(run.cfg, carry, logits, q)
-    (loss / len(explore)).backward()
+    (loss / rows).backward()
     norm = (run.deltas[0].grad if run.args.freeze_weights else run.flat.grad).norm().item()
     if not (math.isfinite(loss.item()) and math.isfinite(norm)):
         raise UserError(f"the first loss is {loss.item()} and its gradient norm {norm}; look at the data and --lr")
     log.say(f"checked a forward and a backward: logits {tuple(logits.shape)} {str(logits.dtype)[6:]}, "
-            f"loss {loss.item() / len(explore):.4f}, gradient norm {norm:.4f}")
+            f"loss {loss.item() / rows:.4f}, gradient norm {norm:.4f}")
     run.flat.grad.zero_()
     run.deltas[0].grad.zero_()
 
 
+class Stopped(Exception):
+    """A signal that ends the run where it is; args[0] is its number."""
+
+
 class StopSignal:
-    """SIGTERM and SIGINT ask the loop to stop at the next step; a second one ends at once."""
+    """Within it SIGTERM and SIGINT ask the loop to stop after its step. With at_once, or on a second Ctrl-C, they raise
+    Stopped."""
 
     def __init__(self):
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.catch)
+        self.number, self.at_once = 0, False
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self.catch) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def catch(self, number, frame):
-        signal.signal(number, signal.SIG_DFL)
+        if self.at_once or self.number == number == signal.SIGINT:
+            raise Stopped(number)
         self.number = number
 
 
-def must_stop(run, stopper, started, metrics_due):
-    """Signal number to stop for, 1 for --max-steps or --max-minutes, else 0. Ranks agree where metrics are read."""
-    if run.world.size > 1 and not metrics_due:
-        return 0
+def must_stop(run, stopper, started):
+    """Signal number to stop for, LIMIT_REACHED for --max-steps or --max-minutes, else 0: the same on every rank."""
     args = run.args
-    out_of_time = args.max_minutes is not None and time.time() - started > 60 * args.max_minutes
-    reason = stopper.number or int(out_of_time or (args.max_steps is not None and run.step >= args.max_steps))
-    if run.world.size == 1:
-        return reason
-    return int(run.world.gather(torch.tensor([reason], device=run.world.device)).max())
+    limit = (args.max_steps is not None and run.step >= args.max_steps
+             or args.max_minutes is not None and time.time() - started > 60 * args.max_minutes)
+    return run.world.agree(stopper.number or LIMIT_REACHED * limit)
 
 
 def train(run, split, test, log, total_steps):
-    """The loop: step, log, evaluate, save, stop. Returns (last results or None, what stopped it)."""
+    """The loop: step, log, save, evaluate, stop. Returns (last results or None, what stopped it)."""
     args, world = run.args, run.world
-    stopper, started, tick, results, reason = StopSignal(), time.time(), time.perf_counter(), None, 0
+    started, tick, results, reason = time.time(), time.perf_counter(), None, 0
     bar = tqdm(total=total_steps, initial=run.step, disable=world.rank > 0, unit="step", dynamic_ncols=True)
-    for batch, cursor in prefetch(stream(split, args, world, run.cursor, run.step)):
-        if run.step >= total_steps:
-            break
-        batch = Batch(*(t.to(world.device, non_blocking=True) for t in batch))
-        factor = schedule(run.step + 1, total_steps, args.lr_warmup_steps, args.lr_min_ratio)
-        backward(run, batch)
-        update(run, factor)
-        run.cursor = cursor
-        bar.update()
-        ends = cursor.rng is None or run.step == total_steps       # of an iteration, or of the run
-        log_now = ends or run.step % args.log_interval == 0
-        reason = must_stop(run, stopper, started, log_now)
-        save_now = ends or reason or (args.checkpoint_interval and run.step % args.checkpoint_interval == 0)
-        if not (log_now or save_now):
-            continue
-        metrics = train_metrics(run, reset=log_now)                # waits for the device, and refuses a NaN
-        run.train_s += time.perf_counter() - tick
-        if log_now:
-            log_step(run, log, bar, metrics, args.lr * factor)
-        best = False
-        if ends or reason == LIMIT_REACHED:
-            results, flat = evaluate(run, test, log, total_steps)
-            best = is_best(run, flat)
-        if save_now:
-            save(run, split, log, best)
-            if world.rank == 0:
-                plot([args.run_dir], Path(args.run_dir) / "train_vs_val.png")
-        if reason:
-            break
-        tick = time.perf_counter()
-    bar.close()
+    with StopSignal() as stopper, bar:
+        if run.eval_due:   # it was stopped while it evaluated
+            results = evaluate_and_save(run, test, log, total_steps, stopper)
+        for batch, cursor in prefetch(stream(split, args, world, run.cursor, run.step)):
+            if run.step >= total_steps:
+                break
+            batch = Batch(*(t.to(world.device, non_blocking=True) for t in batch))
+            factor = schedule(run.step + 1, total_steps, args.lr_warmup_steps, args.lr_min_ratio)
+            backward(run, batch)
+            update(run, factor)
+            run.cursor = cursor
+            bar.update()
+            reason = must_stop(run, stopper, started)
+            ends = cursor.rng is None or run.step == total_steps       # of an iteration, or of the run
+            run.eval_due = ends or reason == LIMIT_REACHED
+            log_now = ends or run.step % args.log_interval == 0
+            save_now = run.eval_due or reason or args.checkpoint_interval and run.step % args.checkpoint_interval == 0
+            if not (log_now or save_now):
+                continue
+            metrics = train_metrics(run)                               # waits for the device, and refuses a NaN
+            run.train_s += time.perf_counter() - tick
+            if log_now:
+                log_step(run, log, bar, metrics, args.lr * factor)
+            if save_now:
+                save(run, log)
+            if run.eval_due:
+                reason = max(reason, world.agree(stopper.number))      # saving may have taken a while
+            if reason > LIMIT_REACHED:
+                break
+            if run.eval_due:
+                results = evaluate_and_save(run, test, log, total_steps, stopper)
+            if reason:
+                break
+            tick = time.perf_counter()
     return results, reason
 
 
+def evaluate_and_save(run, test, log, total_steps, stopper):
+    """Evaluate, and save again, now with the outcome. All was saved before: a signal need not wait for the end."""
+    stopper.at_once = True
+    results = evaluate(run, test)
+    stopper.at_once = run.eval_due = False
+    save(run, log, log_evaluation(run, log, results, total_steps))
+    draw(run, log)
+    return results
+
+
+def draw(run, log):
+    """The curves, beside the checkpoints (rank 0). Returns the path, None where it could not be written."""
+    out = Path(run.args.checkpoint_path) / "train_vs_val.png"
+    try:
+        return plot([run.args.run_dir], out) if run.world.rank == 0 else None
+    except OSError as e:
+        log.say(f"{out} could not be written: {e.strerror}")
+
+
 def log_step(run, log, bar, metrics, lr):
+    """Write the means since the last line, and begin new ones."""
     dt_ms = 1000 * (run.train_s - run.logged_s) / (run.step - run.logged_step)
     log.write("train", run.step, epoch=run.epoch, **{"train/lr": lr}, **metrics, dt_ms=dt_ms)
     score = "within_tolerance" if run.cfg.regression else "exact_acc"
     bar.set_postfix_str(f"loss {metrics['train/loss']:.3f} {score} {metrics[f'train/{score}']:.3f} {dt_ms:.0f} ms")
     run.logged_step, run.logged_s = run.step, run.train_s
+    run.sums.zero_()
 
 
 def estimate_without_gpu(args, cfg, meta, device):
@@ -902,8 +994,13 @@ def total_training_steps(args, meta):
 
 def prepare_run(args, checkpoint, world):
     """(Run, train split, test split, Log) ready to go on."""
-    splits = [Split(args.data, "train"), Split(args.data_test or args.data, "test")]
+    splits = [Split(args.data, split, args.data_test, args.seq_len) for split in ("train", "test")]
     cfg = config_of(args, splits[0].meta)
+    splits[0].must_agree(splits[1].meta, splits[1].dirs[0] / "test")
+    if args.seq_len not in (None, cfg.seq_len):
+        raise UserError(f"--seq-len {args.seq_len} is for latent episodes; {splits[0].dirs[0]} has {cfg.seq_len}: leave it out")
+    if cfg.regression and args.monitor == parser().get_default("monitor"):
+        args.monitor, args.monitor_mode = "val/regression_loss", "min"
     if checkpoint is not None:
         must_match(checkpoint, cfg, splits[0])
     meta = splits[0].meta
