@@ -1,9 +1,9 @@
 """Score a checkpoint, look at it think, solve one puzzle.
 
-    python eval.py --checkpoint runs/mini-...            a run folder (its newest), or one file
-    torchrun --nproc_per_node=8 eval.py --checkpoint ... the same figures, faster
-    python eval.py --hf alphaXiv/trm-model-maze          published weights, with their dataset
-    python eval.py --checkpoint RUN --solve "53..7...."  or a maze or ARC task in a file, or -
+    python eval.py --checkpoint runs/mini-...     a run folder or one file of it
+    python eval.py --hf alphaXiv/trm-model-maze   published weights
+    torchrun --nproc_per_node=8 eval.py ...       the same figures, faster
+    python eval.py --checkpoint RUN --solve "53..7...."   a Sudoku; or a file
 """
 import argparse
 import hashlib
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from io import BytesIO
-from itertools import chain
+from itertools import chain, repeat
 from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -29,11 +29,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from arc_voting import ArcVotes, grid_key
-from data import HelpFormatter, Split, UserError, cli, dihedral, prefetch, write_json
+from data import DIHEDRAL_INVERSE, HelpFormatter, Split, UserError, cli, dihedral, prefetch, write_json
 from model import IGNORE, Batch, CheckpointError, Config, act_loss, build, compile_model, from_published, load_file, metric_names, \
     regression_rows, save_file, to_published, token_rows
 from prepare import arc, maze, sudoku
+from prepare.arc import ORIGINAL, TO_TOKEN, crop, parse_name
 
 
 @contextmanager
@@ -220,18 +220,26 @@ def summary(cfg, scores):
             steps: float(scores.steps.mean()), "n": len(scores.right)}
 
 
-def measure(model, split, world, batch_size, examples, effort=Effort(), progress=True, keep_preds=False):
-    """(metrics, Scores of all ranks, ArcVotes or None) of the given rows of a split, the same on every rank."""
+def measure(model, split, world, batch_size, examples, effort=Effort(), progress=True, keep_preds=False, pool=None):
+    """(metrics, Scores of all ranks, ArcVotes or None) of the given rows of a split, the same on every rank.
+
+    pool: file for the votes, pooled with those beside it (rank 0)."""
     puzzles = test_puzzles(split)
     mine = score(model, split, world, batch_size, examples, effort, progress, keep_preds or puzzles is not None)
     scores = gather_scores(world, mine if keep_preds else mine._replace(preds=mine.preds[:, :0]))
     metrics, votes = summary(model.cfg, scores), None
     if puzzles is not None:
-        votes = ArcVotes(puzzles, split.names)
-        votes.add(split.gather(mine.examples)[0], mine.preds, mine.q, split.puzzle_identifiers[split.puzzle_of(mine.examples)],
-                  mine.examples - np.arange(len(mine.examples)))
-        votes.merge(world.gather_objects(votes.payload()))
-        metrics = votes.result() | metrics
+        votes = ArcVotes(puzzles, split.names, partial=len(examples) < len(split))
+        for i in range(0, len(mine.examples), CHUNK):
+            rows, part = mine.examples[i:i + CHUNK], slice(i, i + CHUNK)
+            inputs, _, ids = split.gather(rows)
+            votes.add(inputs, mine.preds[part], mine.q[part], ids, rows)
+        payloads = world.gather_objects(votes.payload())
+        if pool is not None and world.rank == 0:
+            votes.pool(pool, payloads)
+        else:
+            votes.merge(payloads)
+        metrics = {k: v for k, v in votes.result().items() if k.startswith("pass@")} | metrics
     return metrics, scores, votes
 
 
@@ -329,12 +337,141 @@ def vote_over_symmetries(model, inputs, ids, effort, rng, logits, q):
 # ARC voting
 
 PASS_K = (1, 2, 5, 10, 100, 1000)
+CHUNK = 8192                                     # rows undone at once: more do not fit the cache
 
 
 def test_puzzles(split):
     """test_puzzles.json of the split's folders, {id: {"train": ..., "test": [{input, output}]}}; None: not ARC."""
     files = [d / "test_puzzles.json" for d in split.dirs]
     return {k: v for f in files for k, v in json.loads(f.read_text()).items()} if all(f.exists() for f in files) else None
+
+
+def grid_key(grid):
+    """A grid as bytes: its number of columns, then its cells. The empty grid is b"\\0"."""
+    grid = np.asarray(grid, np.uint8)
+    return bytes([grid.shape[-1]]) + grid.tobytes()
+
+
+def key_grid(key):
+    return np.frombuffer(key, np.uint8, offset=1).reshape(-1, key[0]).tolist() if key[0] else []
+
+
+def undo_rows(tokens, t, tables):
+    """(N, 900) uint8 tokens, (N,) transforms, N tables from token to former colour -> N keys of the former grids."""
+    height, width = crop(tokens)
+    canvas, keys = tokens.reshape(-1, 30, 30), [None] * len(tokens)
+    kind = (t * 31 + height) * 31 + width        # rows of one kind are turned back at once
+    order = np.argsort(kind, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(kind[order])) + 1):
+        h, w = height[rows[0]], width[rows[0]]
+        grids = dihedral(canvas[rows, :h, :w], DIHEDRAL_INVERSE[t[rows[0]]])
+        columns, cells = bytes([grids.shape[2]]), grids.tobytes()
+        for row, i in zip(rows.tolist(), range(0, len(rows) * h * w, h * w) if w else repeat(0)):
+            keys[row] = columns + cells[i:i + h * w].translate(tables[row])
+    return keys
+
+
+class ArcVotes:
+    """The votes of one evaluation. Every rank adds its own rows; the payloads of all ranks together give one result,
+    the same for any number of ranks and any split.
+
+        votes = ArcVotes(test_puzzles, identifiers)      # test_puzzles.json, identifiers.json
+        votes.add(inputs, preds, q_halt, puzzle_identifiers, rows)               # per batch
+        votes.merge([votes.payload()])                   # or the list that all_gather_object filled
+        votes.result(), votes.submission()
+    """
+
+    def __init__(self, test_puzzles, identifiers, partial=False):
+        self.identifiers, self.partial = identifiers, partial
+        self.tasks, self.tests = {}, {}          # (id, input): number; id: [(number, right output)] per test input
+        for name, puzzle in test_puzzles.items():
+            for e in puzzle["test"]:             # equal inputs of a puzzle share their votes
+                task = self.tasks.setdefault((name, grid_key(e["input"])), len(self.tasks))
+                self.tests.setdefault(name, []).append((task, grid_key(e["output"])))
+        self.waiting, self.row, self.q = [], [], []      # per batch
+        self.task, self.grid, self.grids = [], [], {}    # per vote: test input, candidate; all candidates in order
+
+    def add(self, inputs, preds, q_halt, identifiers, rows):
+        """One batch of arrays: (B, 900) tokens twice, (B,) logits, (B,) rows of the puzzle table, 0 for padding.
+
+        rows: (B,) their places in the test split (of equal candidates that of the first row wins).
+        Raises UserError when a row belongs to no test input.
+        """
+        real = np.flatnonzero(identifiers)
+        self.waiting.append((inputs[real].astype(np.uint8), preds[real].astype(np.uint8), identifiers[real]))
+        self.row.append(rows[real])
+        self.q.append(np.exp(-np.logaddexp(0, -q_halt[real].astype(np.float64))))
+        if sum(len(batch[2]) for batch in self.waiting) >= CHUNK:
+            self.count()
+
+    def count(self):
+        """Turn the rows that wait into votes."""
+        inputs, preds, identifiers = map(np.concatenate, zip(*self.waiting))
+        self.waiting = []
+        if not len(identifiers):
+            return
+        names, t, colours = zip(*(parse_name(self.identifiers[i]) for i in identifiers.tolist()))
+        t, tables = np.array(t), [bytes.maketrans(c.translate(TO_TOKEN), ORIGINAL) for c in colours]
+        for name, given, answer in zip(names, undo_rows(inputs, t, tables), undo_rows(preds, t, tables)):
+            if (name, given) not in self.tasks:
+                raise UserError(f"a row of the test split is no test input of puzzle {name} in test_puzzles.json: "
+                                f"they were not built together; build both again with prepare/arc.py")
+            self.task.append(self.tasks[name, given])
+            self.grid.append(self.grids.setdefault(answer, len(self.grids)))
+
+    def payload(self):
+        """What rank 0 needs: per vote its row, test input, candidate (a place in grids) and sigmoid(q_halt)."""
+        if self.waiting:
+            self.count()
+        return {"row": np.concatenate([np.zeros(0, np.int64), *self.row]), "q": np.concatenate([np.zeros(0), *self.q]),
+                "task": np.array(self.task, np.int32), "grid": np.array(self.grid, np.int32), "grids": list(self.grids)}
+
+    def merge(self, payloads):
+        """Rank the candidates of every test input by (votes, mean sigmoid(q_halt)), ties in order of the rows."""
+        row, task, q = (np.concatenate([p[name] for p in payloads]) for name in ("row", "task", "q"))
+        keys = [p["grids"][i] for p in payloads for i in p["grid"].tolist()]
+        task, q, votes = task.tolist(), q.tolist(), [{} for _ in self.tasks]
+        for i in np.argsort(row, kind="stable").tolist():
+            tally = votes[task[i]].setdefault(keys[i], [0, 0.0])
+            tally[0] += 1
+            tally[1] += q[i]
+        self.ranked = [sorted(c, key=lambda key: (c[key][0], c[key][1] / c[key][0]), reverse=True) for c in votes]
+
+    def pool(self, path, payloads):
+        """Write the payloads of this evaluation to votes-NAME.json, and merge those of all such files beside it; returns
+        how many there are."""
+        write_json(path, [{**{k: v.tolist() for k, v in p.items() if k != "grids"}, "grids": [g.hex() for g in p["grids"]]}
+                          for p in payloads])
+        files = sorted(path.parent.glob("votes-*.json"))
+        self.merge([{**{k: np.array(v) for k, v in p.items()}, "grids": [bytes.fromhex(g) for g in p["grids"]]}
+                    for f in files for p in json.loads(f.read_text())])
+        return len(files)
+
+    def places(self):
+        """Per puzzle the places (from 0, inf: none) of the right outputs of its test inputs among the candidates."""
+        def place(task, right):
+            return self.ranked[task].index(right) if right in self.ranked[task] else np.inf
+        return [np.array([place(*test) for test in tests]) for tests in self.tests.values()
+                if not self.partial or any(self.ranked[task] for task, _ in tests)]
+
+    def result(self):
+        """-> {"pass@K": mean over puzzles of the mean over test inputs (the official figure), "hits@K": test inputs
+        solved, ..., "puzzles", "inputs": how many there are}. Whatever has no votes is not solved; when self.partial,
+        puzzles without any votes are left out."""
+        puzzles = self.places()
+        pooled = np.concatenate(puzzles)
+        result = {"puzzles": len(puzzles), "inputs": len(pooled)}
+        for k in PASS_K:
+            result[f"pass@{k}"] = float(np.mean([np.mean(places < k) for places in puzzles]))
+            result[f"hits@{k}"] = int((pooled < k).sum())
+        return result
+
+    def submission(self):
+        """-> {puzzle id: [{"attempt_1": grid, "attempt_2": grid}]} with every test input. The only candidate is both
+        attempts; without any they are [[0]]."""
+        best = {name: [[key_grid(key) for key in self.ranked[task][:2]] or [[[0]]] for task, _ in tests]
+                for name, tests in self.tests.items()}
+        return {name: [{"attempt_1": b[0], "attempt_2": b[-1]} for b in tests] for name, tests in best.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -433,7 +570,7 @@ def read_model(content, settings, seq_len, ema):
                         f"3 and 4 for maze and ARC)")
     if not any("mlp_t" in key for key in content):  # the shapes of attention do not tell the length
         vocab_size = next((len(v) for k, v in content.items() if k.endswith("embedding_weight")), 0)
-        settings = {"puzzle_emb_len": 16, **settings, "seq_len": seq_len or {11: 81}.get(vocab_size, 900)}
+        settings = {**settings, "seq_len": seq_len or {11: 81}.get(vocab_size, 900)}
     return from_published(content, settings)
 
 
@@ -845,7 +982,7 @@ def solve(model, args, effort, names):
 def wilson(p, n, z=1.96):
     """95% Wilson interval of a share p of n."""
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def print_table(rows):
@@ -892,7 +1029,7 @@ def compare(a, b):
           f"two proportions: z = {z:.3f}, one-sided p = {0.5 * math.erfc(z / math.sqrt(2)):.4g} that B is no better")
     files = [path.with_name("right.npz") for path in (path_a, path_b)]
     kept = [np.load(f) for f in files if f.exists()]
-    if len(kept) == 2 and np.array_equal(kept[0]["example"], kept[1]["example"]) and kept[0]["data"] == kept[1]["data"]:
+    if len(kept) == 2 and np.array_equal(kept[0]["row"], kept[1]["row"]) and kept[0]["data"] == kept[1]["data"]:
         right_a, right_b = (k["right"] for k in kept)
         only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
         print(f"McNemar: only A right {only_a}, only B right {only_b}; exact one-sided p = {binomial_tail(only_b, only_a + only_b):.4g}")
@@ -1077,17 +1214,16 @@ def full_evaluation(args, world, model, split, effort, path, output):
         about["without halting"] = (f"exact_acc {full[metric_names(cfg)[2]]:.4f}, {len(sample) / (time.perf_counter() - start):,.1f} "
                                     f"rows/s, on the first {len(sample):,} rows")
         start = time.perf_counter()
-    metrics, scores, votes = measure(model, split, world, size, examples, effort, True, args.save_preds or bool(args.show))
+    output.mkdir(parents=True, exist_ok=True)
+    pool = output / f"votes-{path.stem}.json" if args.pool_votes else None
+    metrics, scores, votes = measure(model, split, world, size, examples, effort, True, args.save_preds or bool(args.show), pool)
     about["seconds"] = time.perf_counter() - start
     about["rows/s"] = len(examples) / about["seconds"]
-    output.mkdir(parents=True, exist_ok=True)
-    if args.pool_votes and world.rank == 0:
-        about["votes"] = f"pooled over {votes.pool(output, path.stem)} evaluations"
-        metrics |= votes.result()
     name, rows, right = metric_names(cfg)[2], scores.examples, scores.right
     intervals = {name: [*wilson(metrics[name], len(right)), len(right), "puzzles"]}
     if votes:   # augmented rows are no sample of anything: tasks and test inputs are
-        n_tasks, right, rows = len(votes.keys), votes.solved(2), np.arange(len(votes.solved(2)))
+        n_tasks, right = len(votes.places()), np.concatenate(votes.places()) < 2
+        rows = np.arange(len(right))
         metrics["pass@2 of test inputs"] = float(right.mean())
         intervals = {"pass@2": [*wilson(metrics["pass@2"], n_tasks), n_tasks, "tasks"],
                      "pass@2 of test inputs": [*wilson(right.mean(), len(right)), len(right), "test inputs"]}

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from data import sha256
+from data import UserError, sha256
 
 IGNORE = -100  # a label that is neither trained on nor scored
 
@@ -408,7 +408,7 @@ def compile_model(model, unit="net", backend="inductor"):
 # ---------------------------------------------------------------------------------------------
 # Checkpoint files
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or does not fit; says which file and what to do."""
 
 
@@ -495,10 +495,10 @@ def config_from_published(shapes, overrides):
         n_layers = len({k.split(".")[2] for k in shapes if k.startswith("L_level.layers.")})
         mlp = "L_level.layers.0.mlp_t.gate_up_proj.weight" in shapes
         expansion = shapes["L_level.layers.0.mlp.down_proj.weight"][1] * 3 / (2 * D)
-        length = shapes["L_level.layers.0.mlp_t.down_proj.weight"][0] if mlp else overrides["seq_len"] + overrides["puzzle_emb_len"]
+        P = overrides.get("puzzle_emb_len", 16)
+        length = shapes["L_level.layers.0.mlp_t.down_proj.weight"][0] if mlp else overrides["seq_len"] + P
     except KeyError as e:
         raise CheckpointError(f"not a published TRM checkpoint: it has no {e.args[0]}") from None
-    P = overrides.get("puzzle_emb_len", 16)
     settings = dict(vocab_size=V, hidden_size=D, num_puzzles=rows, puzzle_emb_ndim=ndim, num_layers=n_layers,
                     mixer="mlp" if mlp else "attn", seq_len=length - P, puzzle_emb_len=P,
                     pos_encodings="learned" if "embed_pos.embedding_weight" in shapes else "none" if mlp else "rope")

@@ -1,12 +1,14 @@
 """Train a TRM.
 
-    python train.py                                      mini: 6x6 Sudoku, on a laptop
-    torchrun --nproc_per_node=8 train.py --preset arc1   the speedrun setting
+    python train.py                                   mini: 6x6 Sudoku, on a CPU
+    torchrun --nproc_per_node=8 train.py --preset arc1
     python train.py --preset sudoku --global-batch-size 768 --lr 1e-4
-    python train.py --resume runs/arc1-20260102-030405   goes on where it stopped
-    python train.py --plot runs/A runs/B                 the curves of runs
+    python train.py --resume runs/arc1-20260102-030405
+    python train.py --plot runs/A runs/B              the curves of runs
 """
 import argparse
+import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields, replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +31,7 @@ from tqdm import tqdm
 
 import eval as scoring
 from data import Cursor, HelpFormatter, Split, UserError, cli, exploration, prefetch, training_order
-from model import LOG_PROBS, SCORE_MODS, TRM, Batch, Carry, CheckpointError, Config, act_loss, build, compile_model, \
+from model import IGNORE, LOG_PROBS, SCORE_MODS, TRM, Batch, Carry, CheckpointError, Config, act_loss, build, compile_model, \
     load_file, metric_names, save_file, swiglu_width
 
 # What each task changes (SPEC: the paper's Table and the 8-GPU reproduction). A flag on the command line wins.
@@ -59,10 +62,15 @@ COUNTERS = ("step", "logged_step", "best", "train_s", "logged_s", "eval_due")  #
 # ---------------------------------------------------------------------------------------------
 # Settings
 
+def refuse(message):
+    raise UserError(f"{message}; see --help")
+
+
 def parser(suppress=False):
     """The flags. suppress: leave out what is not on the command line, to tell it from a default."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter,
                                 argument_default=argparse.SUPPRESS if suppress else None)
+    p.error = refuse
 
     def flag(group, name, default, text, **kind):
         if not kind and default is not None:
@@ -500,7 +508,7 @@ def save(run, log, is_best=False):
         except (OSError, RuntimeError) as e:   # torch reports a full disk as a RuntimeError of its zip writer
             failed = True
             log.say(f"saving {path} failed ({str(e).splitlines()[0][:150]}); the older checkpoints are untouched")
-    if run.world.agree(failed) and args.on_save_error == "stop":
+    if run.world.agree(int(failed)) and args.on_save_error == "stop":
         raise UserError(f"no checkpoint at step {run.step}: make room in {folder} and --resume, or use --on-save-error continue")
 
 
@@ -595,7 +603,8 @@ def plot(run_dirs, out):
         val = "val (EMA)" if last_start(run_dir).get("settings", {}).get("ema") else "val"
         for panel, key in keys.items():
             for split, label, style in (("train", "train", dict(lw=1, alpha=0.5)), ("val", val, dict(marker="o", lw=2))):
-                points = [(r["step"], r[f"{split}/{key}"]) for r in records if r["event"] == split and f"{split}/{key}" in r]
+                name = f"{split}/{key}"
+                points = [(r["step"], r[name]) for r in records if r["event"] == split and r.get(name) is not None]
                 axes[panel].plot(*zip(*points) if points else ((), ()), color=f"C{i}" if split == "train" or len(run_dirs) > 1 else "C1",
                                  label=label if len(run_dirs) == 1 else f"{Path(run_dir).name}: {label}", **style)
             axes[panel].set(xlabel="training step", ylabel=key, title=key)
@@ -644,7 +653,7 @@ def backward(run, batch):
         loss, sums = act_loss(run.cfg, carry, logits, q, target)
         (loss / run.args.global_batch_size).backward()
         run.sums += sums
-        run.nan_step = torch.where((run.nan_step == 0) & ~loss.isfinite(), run.step + 1, run.nan_step)
+        run.note(loss)
         new_carries.append(carry)
     run.carries = new_carries
 
@@ -659,6 +668,7 @@ def update(run, factor):
         run.adam.step(flat.data, flat.grad, args.lr * factor, t, flat.starts["blocks.0.mix_in"] if run.muon else None)
         if run.muon:
             run.muon.step(args.muon_lr * factor)
+        run.note(flat.grad.sum())
         flat.grad.zero_()
     if run.ema is not None:
         decay = min(args.ema, (1 + t) / (10 + t)) if args.ema_warmup else args.ema
@@ -666,6 +676,7 @@ def update(run, factor):
     ids = torch.cat([c.puzzle_ids for c in run.carries])
     grads = torch.cat([d.grad for d in run.deltas])
     rows = run.world.gather(torch.cat((grads, ids.view(-1, 1).view(torch.float32)), dim=1))   # ids ride along as bits
+    run.note(rows[:, :-1].sum())
     sign_sgd(run.model.puzzle_emb, rows[:, -1].view(torch.int32), rows[:, :-1], args.puzzle_emb_lr * factor,
              args.puzzle_emb_weight_decay)
     for d in run.deltas:
@@ -683,7 +694,7 @@ def train_metrics(run):
     rows = max(1, run.step - run.logged_step) * run.args.global_batch_size
     names = metric_names(run.cfg)
     count = totals[0]
-    metrics = {f"train/{n}": v / max(count, 1) for n, v in zip(names[1:5], totals[1:5])}
+    metrics = {f"train/{n}": v / count if count else None for n, v in zip(names[1:5], totals[1:5])}   # None: no row halted
     metrics |= {f"train/{n}": v / rows for n, v in zip(names[5:], totals[5:])}
     metrics["train/loss"] = (totals[5] + 0.5 * (totals[6] + totals[7])) / rows
     metrics["train/count"] = count
@@ -785,7 +796,7 @@ def train(run, split, test, log, total_steps):
         if run.eval_due:   # it was stopped while it evaluated
             results = evaluate_and_save(run, test, log, total_steps, stopper)
         for batch, cursor in prefetch(stream(split, args, world, run.cursor, run.step)):
-            if run.step >= total_steps:
+            if run.step >= min(total_steps, args.max_steps or total_steps):
                 break
             batch = Batch(*(t.to(world.device, non_blocking=True) for t in batch))
             factor = schedule(run.step + 1, total_steps, args.lr_warmup_steps, args.lr_min_ratio)
@@ -824,17 +835,17 @@ def evaluate_and_save(run, test, log, total_steps, stopper):
     results = evaluate(run, test)
     stopper.at_once = run.eval_due = False
     save(run, log, log_evaluation(run, log, results, total_steps))
-    draw(run, log)
+    if run.world.rank == 0:
+        draw(log, plot, [run.args.run_dir], Path(run.args.checkpoint_path) / "train_vs_val.png")
     return results
 
 
-def draw(run, log):
-    """The curves, beside the checkpoints (rank 0). Returns the path, None where it could not be written."""
-    out = Path(run.args.checkpoint_path) / "train_vs_val.png"
+def draw(log, picture, *args):
+    """picture(*args), which returns its path. A full disk costs the picture, not the run."""
     try:
-        return plot([run.args.run_dir], out) if run.world.rank == 0 else None
+        return picture(*args)
     except OSError as e:
-        log.say(f"{out} could not be written: {e.strerror}")
+        log.say(f"a picture could not be written: {e}")
 
 
 def log_step(run, log, bar, metrics, lr):
@@ -842,7 +853,8 @@ def log_step(run, log, bar, metrics, lr):
     dt_ms = 1000 * (run.train_s - run.logged_s) / (run.step - run.logged_step)
     log.write("train", run.step, epoch=run.epoch, **{"train/lr": lr}, **metrics, dt_ms=dt_ms)
     score = "within_tolerance" if run.cfg.regression else "exact_acc"
-    bar.set_postfix_str(f"loss {metrics['train/loss']:.3f} {score} {metrics[f'train/{score}']:.3f} {dt_ms:.0f} ms")
+    right = metrics[f"train/{score}"]
+    bar.set_postfix_str(f"loss {metrics['train/loss']:.3f} {score} {'-' if right is None else f'{right:.3f}'} {dt_ms:.0f} ms")
     run.logged_step, run.logged_s = run.step, run.train_s
     run.sums.zero_()
 
@@ -992,7 +1004,7 @@ def total_training_steps(args, meta):
     return int(args.epochs * meta["total_groups"] * meta["mean_puzzle_examples"] / args.global_batch_size)
 
 
-def prepare_run(args, checkpoint, world):
+def prepare_run(args, checkpoint, notes, world):
     """(Run, train split, test split, Log) ready to go on."""
     splits = [Split(args.data, split, args.data_test, args.seq_len) for split in ("train", "test")]
     cfg = config_of(args, splits[0].meta)
@@ -1001,45 +1013,73 @@ def prepare_run(args, checkpoint, world):
         raise UserError(f"--seq-len {args.seq_len} is for latent episodes; {splits[0].dirs[0]} has {cfg.seq_len}: leave it out")
     if cfg.regression and args.monitor == parser().get_default("monitor"):
         args.monitor, args.monitor_mode = "val/regression_loss", "min"
+    meta, data = splits[0].meta, about_data(*splits)
     if checkpoint is not None:
-        must_match(checkpoint, cfg, splits[0])
-    meta = splits[0].meta
-    run = Run(args, cfg, world, checkpoint, meta["total_groups"] * meta["mean_puzzle_examples"])
-    log = Log(Path(args.run_dir), args, world.rank, checkpoint and checkpoint["step"])
-    total_steps = total_training_steps(args, splits[0].meta)
+        must_match(checkpoint, cfg, data)
+    total_steps = total_training_steps(args, meta)
     if total_steps < 1:
-        raise UserError(f"--epochs {args.epochs} of {splits[0].meta['total_groups']} groups do not fill one batch of "
+        raise UserError(f"--epochs {args.epochs} of {meta['total_groups']} groups do not fill one batch of "
                         f"--global-batch-size {args.global_batch_size}; raise the one or lower the other")
+    if args.run_dir is None:
+        args.run_dir = world.gather_objects(new_run_dir(args.preset) if world.rank == 0 else None)[0]
+    args.checkpoint_path = args.checkpoint_path or args.run_dir
+    if checkpoint is None and checkpoints(args.checkpoint_path):
+        raise UserError(f"{args.checkpoint_path} holds the checkpoints of a run; go on with --resume {args.checkpoint_path}, or name "
+                        f"another --run-dir")
+    run = Run(args, cfg, world, checkpoint, meta["total_groups"] * meta["mean_puzzle_examples"])
+    run.data = data
+    log = Log(Path(args.run_dir), args, world.rank, checkpoint)
+    for note in notes:
+        log.say(note)
+    if checkpoint is not None:
+        run.restore(checkpoint)
+        checkpoint.clear()   # it may be gigabytes
+        log.say(f"resumed from {args.resume} at step {run.step}"
+                + ("" if run.carries else "; it holds no carry: every row begins a new puzzle"))
     if args.compile:
         compile_model(run.model, args.compile_unit)
     table = run.model.puzzle_emb.numel()
     n_params = sum(p.numel() for p in run.model.parameters())
-    log.write("start", run.step, command=shlex.join(sys.argv), git=git_hash(), settings=vars(args), config=asdict(cfg),
-              torch=torch.__version__, device=str(world.device), ranks=world.size, total_steps=total_steps,
+    log.write("start", run.step, command=shlex.join(sys.argv), git=git_hash(), settings=vars(args), config=asdict(cfg), notes=notes,
+              torch=torch.__version__, device=str(world.device), ranks=world.size, job=os.environ.get("TORCHELASTIC_RUN_ID"),
+              total_steps=total_steps,
               parameters=n_params, parameters_with_puzzle_table=n_params + table)
     log.say(f"{args.run_dir}: {n_params:,} parameters, {n_params + table:,} with the puzzle table; {total_steps:,} steps of "
             f"{args.global_batch_size} rows on {world.size} x {world.device.type}, {cfg.dtype}")
     if not args.skip_sanity_checks:
         sanity_checks(run, splits, log)
-    if checkpoint is not None:
-        run.restore(checkpoint)
-        log.say(f"resumed from {args.resume} at step {run.step}")
     return run, *splits, log, total_steps
 
 
+def new_run_dir(preset):
+    """Make a folder for a run; two that start in the same second get two."""
+    name = f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        try:
+            Path(name + suffix).mkdir(parents=True)
+            return name + suffix
+        except FileExistsError:
+            continue
+
+
 def main(argv=None):
-    args, checkpoint = settings(argv)
-    if args.plot:
-        print(plot(args.plot, Path(args.plot[0]) / "train_vs_val.png"))
-        return 0
-    world = scoring.start_world(args.device, args.dist_timeout)
     try:
-        return run_preset(args, checkpoint, world)
-    finally:
-        world.close()
+        flags = parser().parse_args(argv)
+        if flags.plot:
+            name = "train_vs_val.png" if len(flags.plot) == 1 else "comparison.png"
+            print(plot(flags.plot, checkpoint_folder(Path(flags.plot[0])) / name))
+            return 0
+        world = scoring.start_world(flags.device, flags.dist_timeout)
+        code = run_preset(*settings(argv, world), world)
+    except (UserError, OSError):
+        if int(os.environ.get("RANK", 0)):   # mostly all ranks have the same to say: rank 0 does, and torchrun ends the others
+            time.sleep(5)
+        raise
+    world.close()
+    return code
 
 
-def run_preset(args, checkpoint, world):
+def run_preset(args, checkpoint, notes, world):
     check(args, world)
     if args.dtype == "auto":   # rank 0 decides
         args.dtype = world.gather_objects(fastest_dtype(world.device))[0]
@@ -1049,21 +1089,19 @@ def run_preset(args, checkpoint, world):
     if world.device.type == "cpu" and args.preset != "mini" and not args.allow_cpu and args.data == PRESETS[args.preset]["data"]:
         shape = dict(zip(SHAPE_KEYS, SHAPES[args.preset]))
         estimate_without_gpu(args, config_of(args, shape), shape, world.device)
-    if args.run_dir is None:
-        args.run_dir = world.gather_objects(f"runs/{args.preset}-{time.strftime('%Y%m%d-%H%M%S')}")[0]
-    args.checkpoint_path = args.checkpoint_path or args.run_dir
     if args.data == PRESETS["mini"]["data"] and not Path(args.data[0]).exists():
         build_mini(args.data[0], world)
-    run, split, test, log, total_steps = prepare_run(args, checkpoint, world)
+    run, split, test, log, total_steps = prepare_run(args, checkpoint, notes, world)
     began = time.time()
     try:
-        results, reason = train(run, split, test, log, total_steps)
+        try:
+            results, reason = train(run, split, test, log, total_steps)
+        except Stopped as e:
+            reason = e.args[0]
         if reason > LIMIT_REACHED:
             log.say(f"stopped by {signal.Signals(reason).name} at step {run.step}; go on with --resume {args.run_dir}")
             return 128 + reason
-        if results is None:   # resumed at its end
-            results, _ = evaluate(run, test, log, total_steps)
-        finish(run, test, log, results, time.time() - began)
+        finish(run, test, log, results or evaluate(run, test), time.time() - began)   # no results: resumed at its end
     finally:
         log.close()
     return 0
@@ -1076,9 +1114,9 @@ def finish(run, test, log, results, wall_s):
         return
     run.with_ema()
     run.model.eval()
-    pictures = [plot([args.run_dir], Path(args.run_dir) / "train_vs_val.png")]
+    pictures = [draw(log, plot, [args.run_dir], Path(args.checkpoint_path) / "train_vs_val.png")]
     if args.preset == "mini" and not run.cfg.regression:
-        pictures.append(scoring.puzzle_picture(run.model, test, Path(args.run_dir) / "puzzle.png", run.rows))
+        pictures.append(draw(log, scoring.puzzle_picture, run.model, test, Path(args.run_dir) / "puzzle.png", run.rows))
     line = scoring.result_line(args.preset, results, run.step, run.train_s, run.world.device)
     log.say(f"wall time of training, evaluation and saving: {wall_s:.0f} s; pictures: {', '.join(map(str, pictures))}")
     log.say(line)

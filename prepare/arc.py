@@ -359,7 +359,7 @@ def build(source, output_dir, subsets, test_set_name, num_aug, seed):
     print(f"{len(ids) + 1:,} rows in the puzzle table (num_puzzle_identifiers)")
 
 
-def main(argv=None):
+def flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--source", default="download", help="folder of Kaggle-layout files, or %(default)s")
     parser.add_argument("--subsets", nargs="+", default=["training", "evaluation", "concept"], metavar="SUBSET",
@@ -368,7 +368,11 @@ def main(argv=None):
     parser.add_argument("--num-aug", type=int, default=1000, help="augmentations per puzzle, at most (%(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="%(default)s gives the published datasets")
     parser.add_argument("--output-dir", help="data/arc1concept-aug-N, arc2... if the test set is evaluation2")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = flags().parse_args(argv)
     if args.test_set_name not in args.subsets or len(set(args.subsets)) < len(args.subsets):
         raise UserError(f"--subsets {' '.join(args.subsets)}: must name each subset once, "
                         f"--test-set-name {args.test_set_name} among them")

@@ -116,8 +116,7 @@ def make_maze(rng, size, min_path):
     return question.ravel(), answer.ravel(), sum(zlib.crc32(dihedral(question, t).tobytes()) for t in range(8))
 
 
-def build(argv=None):
-    """Build what the command line (a list of strings) describes; returns the dataset's folder."""
+def flags():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, REPO)
@@ -126,7 +125,12 @@ def build(argv=None):
                         help="least steps of generated paths (default size * size / 8, at most 4 * size)")
     parser.add_argument("--aug", action="store_true", help="training mazes in all eight turned and mirrored forms")
     parser.add_argument("--output-dir", metavar="DIR", help="default data/maze-30x30-hard-1k or the like")
-    args = parse(parser, argv, size=range(5, 101), min_path=range(1, 10 ** 4))
+    return parser
+
+
+def build(argv=None):
+    """Build what the command line (a list of strings) describes; returns the dataset's folder."""
+    args = parse(flags(), argv, size=range(5, 101), min_path=range(1, 10 ** 4))
     rng = np.random.RandomState(args.seed)
     if args.source == "generate":
         min_path = min(args.size ** 2 // 8, 4 * args.size) if args.min_path is None else args.min_path

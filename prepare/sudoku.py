@@ -325,8 +325,7 @@ def recipe(builder, args, **facts):
     return {"builder": builder, **{k: v for k, v in vars(args).items() if k != "output_dir"}, **facts}
 
 
-def build(argv=None):
-    """Build what the command line (a list of strings) describes; returns the dataset's folder."""
+def flags():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, REPO)
@@ -335,7 +334,12 @@ def build(argv=None):
                         help="random symmetries of each training board (default %(default)s)")
     parser.add_argument("--min-difficulty", type=int, metavar="R", help="only rows of rating R or more (default all)")
     parser.add_argument("--output-dir", metavar="DIR", help="default data/sudoku-extreme-1k-aug-1000 or the like")
-    args = parse(parser, argv, num_aug=range(10 ** 6))
+    return parser
+
+
+def build(argv=None):
+    """Build what the command line (a list of strings) describes; returns the dataset's folder."""
+    args = parse(flags(), argv, num_aug=range(10 ** 6))
     rng = np.random.RandomState(args.seed)
     if args.source == "generate":
         if args.min_difficulty is not None:

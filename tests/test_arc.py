@@ -12,9 +12,9 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-import arc_voting
 import data
-from arc_voting import ArcVotes
+import eval as scoring
+from eval import ArcVotes
 from prepare import arc
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -387,12 +387,12 @@ def test_voting_equals_published_figures(ranks):
     votes = [ArcVotes({**golden["test_puzzles"], **unseen}, names) for _ in range(ranks)]
     for start in range(0, len(rows[0]), 64):                                    # global batches of 64, a slice per rank
         for rank, part in enumerate(np.array_split(np.arange(start, start + 64), ranks)):
-            votes[rank].add(*(a[part] for a in rows), first_row=part[0])
+            votes[rank].add(*(a[part] for a in rows), part)
     payloads = [v.payload() for v in votes][::-1]
     assert sum(len(p["row"]) for p in payloads) == golden["n_rows"]
     votes[0].merge(payloads)
     result, submission = votes[0].result(), votes[0].submission()
-    assert {f"ARC/pass@{k}": result[f"pass@{k}"] for k in arc_voting.PASS_K} == golden["result"]
+    assert {f"ARC/pass@{k}": result[f"pass@{k}"] for k in scoring.PASS_K} == golden["result"]
     assert {name: submission[name] for name in golden["submission"]} == golden["submission"]
     assert submission["unseen 7"] == [{"attempt_1": [[0]], "attempt_2": [[0]]}] * 2
     assert (result["puzzles"], result["inputs"]) == (400, 43 + 2 * len(unseen))
@@ -429,7 +429,7 @@ def test_votes_and_ties_equal_naive_loop(seed, n):
     for part in (np.arange(rank, n, 5) for rank in (3, 0, 4, 2, 1)):
         votes = ArcVotes(puzzles, names)
         for i in part:
-            votes.add(inputs[[i]], preds[[i]], q[[i]], np.array([i + 1]), first_row=i)
+            votes.add(inputs[[i]], preds[[i]], q[[i]], np.array([i + 1]), np.array([i]))
         payloads.append(votes.payload())
     votes.merge(payloads)
     result, submission = votes.result(), votes.submission()
@@ -448,11 +448,11 @@ def test_votes_of_chunks_are_those_of_all_rows(monkeypatch):
     names, inputs, preds, _ = rows_of(tiny_subsets()["evaluation"], np.random.RandomState(3), 50)
     payloads = []
     for chunk in (1, 7, 1000):
-        monkeypatch.setattr(arc_voting, "CHUNK", chunk)
+        monkeypatch.setattr(scoring, "CHUNK", chunk)
         votes = ArcVotes(tiny_subsets()["evaluation"], names)
         for i in range(0, 50, 5):
             part = slice(i, i + 5)
-            votes.add(inputs[part], preds[part], np.zeros(5), np.arange(50)[part] + 1, i)
+            votes.add(inputs[part], preds[part], np.zeros(5), np.arange(50)[part] + 1, np.arange(50)[part])
         payloads.append({name: list(value) for name, value in votes.payload().items()})
     assert payloads[0] == payloads[1] == payloads[2]
 
@@ -465,14 +465,14 @@ def test_no_votes_and_one_candidate():
     assert votes.result()["pass@1"] == 0
     given = arc.encode(np.array([[3]]))[None].repeat(4, 0)
     preds = np.stack([np.zeros(900)] + [arc.encode(np.array([[4]]))] * 3)
-    votes.add(given, preds, np.zeros(4), np.array([0, 1, 0, 1]), first_row=10)  # two rows, two of padding
+    votes.add(given, preds, np.zeros(4), np.array([0, 1, 0, 1]), np.arange(10, 14))  # two rows, two of padding
     assert votes.payload()["row"].tolist() == [11, 13]
     votes.merge([votes.payload()])
     assert votes.result()["pass@1"] == 0.25 and votes.result()["hits@1"] == 1
     nothing, one = {"attempt_1": [[0]], "attempt_2": [[0]]}, {"attempt_1": [[4]], "attempt_2": [[4]]}
     assert votes.submission() == {"a": [nothing], "b": [nothing, one]}
     votes = ArcVotes(puzzles, ["<blank>", "b"])                                 # a prediction without any colour
-    votes.add(given[:1], np.zeros((1, 900)), np.zeros(1), np.array([1]), first_row=0)
+    votes.add(given[:1], np.zeros((1, 900)), np.zeros(1), np.array([1]), np.arange(1))
     votes.merge([votes.payload()])
     assert votes.submission()["b"][1] == {"attempt_1": [], "attempt_2": []}
 
@@ -480,6 +480,6 @@ def test_no_votes_and_one_candidate():
 def test_foreign_test_row_is_refused():
     votes = ArcVotes({"a": {"test": [pair([[1]], [[2]])]}}, ["<blank>", "a"])
     row = arc.encode(np.array([[5]]))[None]
-    votes.add(row, row, np.zeros(1), np.array([1]), first_row=0)
+    votes.add(row, row, np.zeros(1), np.array([1]), np.arange(1))
     with pytest.raises(data.UserError, match="puzzle a in test_puzzles.json"):
         votes.payload()
