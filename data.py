@@ -31,7 +31,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections import deque
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
@@ -228,10 +228,8 @@ def write_dataset(output_dir, splits, vocab_size=0, recipe=None, group_size=1, t
 # ---------------------------------------------------------------------------------------------
 # Reading
 
-META = {"pad_id", "ignore_label_id", "blank_identifier_id", "vocab_size", "seq_len", "num_puzzle_identifiers",
-        "total_groups", "mean_puzzle_examples", "total_puzzles", "sets"}
-NUMBERS_META = {"seq_len", "input_dim", "target_dim"}
-EQUAL = ("vocab_size", "seq_len", "pad_id", "ignore_label_id", "input_dim", "target_dim", "input_pad_value")  # to be joined
+# What folders that are joined must have in common.
+EQUAL = ("vocab_size", "seq_len", "pad_id", "ignore_label_id", "input_dim", "target_dim", "input_pad_value")
 INDEX = ("puzzle_identifiers", "puzzle_indices", "group_indices")
 
 
@@ -287,13 +285,13 @@ def must_be(where, name, a, kinds, shape):
 
 class Tokens:
     """Examples whose inputs and labels are tokens, as they lie on disk. where: their name in messages."""
-    fields = ("inputs", "labels")
+    fields, needs = ("inputs", "labels"), {"seq_len", "vocab_size", "pad_id", "ignore_label_id"}
 
     def __init__(self, where, meta, inputs, labels):
         for name, a in (("inputs", inputs), ("labels", labels)):
             must_be(where, name, a, "iu", (len(inputs), meta["seq_len"]))
-        self.where, self.inputs, self.labels, self.vocab_size = where, inputs, labels, meta["vocab_size"]
-        self.ignore, self.pads = meta["ignore_label_id"], (meta["pad_id"], -100)
+        self.where, self.inputs, self.labels, self.meta = where, inputs, labels, meta
+        self.vocab_size, self.ignore, self.pads = meta["vocab_size"], meta["ignore_label_id"], (meta["pad_id"], -100)
 
     def __len__(self):
         return len(self.inputs)
@@ -318,15 +316,18 @@ class Tokens:
         return f"{self.where}: {len(self):,} examples, tokens inside 0..{self.vocab_size - 1}"
 
 
+NO_TOKENS = {"vocab_size": 0, "pad_id": None, "ignore_label_id": None}
+
+
 class Numbers:
     """Examples of regression, as they lie on disk."""
-    fields = ("inputs", "targets", "target_mask")
+    fields, needs = ("inputs", "targets", "target_mask"), {"seq_len", "input_dim", "target_dim"}
 
     def __init__(self, where, meta, *arrays):
-        S = meta["seq_len"]
         for name, a, kind, width in zip(self.fields, arrays, "ffb", ([meta["input_dim"]], [meta["target_dim"]], [])):
-            must_be(where, name, a, kind, (len(arrays[0]), S, *width))
-        self.where, self.arrays, self.pads = where, arrays, (meta["input_pad_value"], np.nan)
+            must_be(where, name, a, kind, (len(arrays[0]), meta["seq_len"], *width))
+        self.where, self.arrays, self.meta = where, arrays, {"input_pad_value": 0.0, **meta, **NO_TOKENS}
+        self.pads = self.meta["input_pad_value"], np.nan
 
     def __len__(self):
         return len(self.arrays[0])
@@ -335,9 +336,10 @@ class Numbers:
         return [a[examples] for a in self.arrays]
 
     def gather(self, examples):
-        """Examples (B,) to inputs (B, S, input_dim) and labels (B, S, target_dim) float32; NaN where the mask is false."""
+        """Examples (B,) to float32 inputs (B, S, input_dim) and labels (B, S, target_dim), NaN outside of the mask."""
         inputs, targets, mask = self.read(examples)
-        return inputs.astype(np.float32), np.where(mask[..., None], targets, np.nan).astype(np.float32)
+        labels = np.where(mask[..., None], targets, np.nan)
+        return inputs.astype(np.float32, copy=False), labels.astype(np.float32, copy=False)
 
     def check(self):
         """All is finite, and something is asked. Reads the whole split in parts of some MB; returns what was found."""
@@ -345,9 +347,9 @@ class Numbers:
         step = max(1, (1 << 20) // self.read(np.arange(1))[0].size)
         for i in range(0, len(self), step):
             inputs, targets, mask = self.read(np.arange(i, min(i + step, len(self))))
-            for name, finite in (("inputs", np.isfinite(inputs)), ("targets", np.isfinite(targets) | ~mask[..., None])):
-                if not finite.all():
-                    raise UserError(f"{self.where} {name}: NaN or infinity in example {i + finite.all((1, 2)).argmin()}; "
+            for name, fine in (("inputs", np.isfinite(inputs)), ("targets", np.isfinite(targets) | ~mask[..., None])):
+                if not fine.all():
+                    raise UserError(f"{self.where} {name}: NaN or infinity in example {i + fine.all((1, 2)).argmin()}; "
                                     f"build the dataset again")
             cells, asked = cells + mask.size, asked + int(mask.sum())
         if not asked:
@@ -356,18 +358,11 @@ class Numbers:
                 f"{targets.shape[1]} x {targets.shape[2]}, {asked:,} of {cells:,} cells asked")
 
 
-class Episode(NamedTuple):
-    """One file of latents, and what its metadata say."""
-    file: Path
-    split: str
-    length: int
-    dim: int
-    group: tuple
-    identifier: int
+Episode = namedtuple("Episode", "file split length dim group identifier")  # a file of latents; group: hashable
 
 
 def find_episodes(folder):
-    """The Episodes of a dataset folder, train then test, by number. Opens one file at a time, and reads headers only."""
+    """The Episodes of a dataset folder, train then test, by number. Opens one file at a time, reads headers only."""
     files = [(f, split) for split in ("train", "test") if not (folder / split / "dataset.json").exists()
              for f in sorted((folder / split / "latents").glob("episode_*.npz"), key=lambda f: (len(f.name), f.name))]
     found, about = [], [folder / split / "metadata" / f"{f.stem}.json" for f, split in files]
@@ -377,28 +372,37 @@ def find_episodes(folder):
     for (f, split), m in zip(files, about):
         identifier = m["puzzle_identifier"] if m.get("puzzle_identifier") is not None else next(unused)
         if type(identifier) is not int or identifier < 0:
-            raise UserError(f"the metadata of {f} have puzzle_identifier {identifier!r}; give a number from 0 on, or none")
+            raise UserError(f"the metadata of {f} have puzzle_identifier {identifier!r}; give 0, 1, 2 ... or none")
         shape = read_npz(f, "latents", read_shape)
         dim = found[0].dim if found else shape[-1]
         if len(shape) != 2 or shape[0] < 2 or shape[1] != dim:
-            raise UserError(f"{f} has latents of shape {shape}, not (2 or more, {dim}) as the first; leave it out or write "
-                            f"it again")
+            raise UserError(f"{f} has latents of shape {shape}, not (2 or more, {dim}) as the first; leave it out or "
+                            f"write it again")
         found.append(Episode(f, split, shape[0], dim, (m.get("set"), m["group"]) if "group" in m else (f,), identifier))
     return found
 
 
-class Episodes(Numbers):
-    """Next-latent prediction on windows of S latents, from files that are opened when they are asked for."""
+def starts(*sizes):
+    """(n + 1,) int64: where each of n consecutive pieces begins, and the end. sizes: arrays that are joined."""
+    return np.concatenate(([0], np.cumsum(np.concatenate(sizes), dtype=np.int64)))
 
-    def __init__(self, where, meta, episodes):
+
+class Episodes(Numbers):
+    """Next-latent prediction on windows of seq_len latents, from files that are opened when they are asked for."""
+
+    def __init__(self, where, seq_len, episodes):
+        if not episodes:
+            raise UserError(f"{where}/latents has no episode_XXX.npz; put some there, or name another folder")
         groups = {}
         for e in episodes:
             groups.setdefault(e.group, []).append(e)
         self.episodes = [e for group in groups.values() for e in group]
-        self.shape = (meta["seq_len"], meta["input_dim"])
-        self.starts = starts([-(-(e.length - 1) // meta["seq_len"]) for e in self.episodes])
-        self.index = np.array([e.identifier for e in self.episodes]), self.starts, starts([len(g) for g in groups.values()])
-        self.where, self.pads, self.held = where, (0.0, np.nan), (None, None)
+        dim = episodes[0].dim
+        self.where, self.pads, self.shape, self.held = where, (0.0, np.nan), (seq_len, dim), (None, None)
+        self.meta = dict(seq_len=seq_len, input_dim=dim, target_dim=dim, input_pad_value=0.0, **NO_TOKENS)
+        self.starts = starts([-(-(e.length - 1) // seq_len) for e in self.episodes])
+        ids, sizes = np.array([e.identifier for e in self.episodes]), [len(group) for group in groups.values()]
+        self.index = ids, self.starts, starts(sizes)
 
     def __len__(self):
         return int(self.starts[-1])
@@ -406,9 +410,10 @@ class Episodes(Numbers):
     def latents(self, number):
         """(T, dim) of one episode; the last one is held, as the windows of an episode mostly come together."""
         if self.held[0] != number:
-            latents = read_npz(self.episodes[number].file, "latents").astype(np.float32)
+            file = self.episodes[number].file
+            latents = read_npz(file, "latents").astype(np.float32)
             if not np.isfinite(latents).all():
-                raise UserError(f"{self.episodes[number].file} has NaN or infinite latents; leave it out or write it again")
+                raise UserError(f"{file} has NaN or infinite latents; leave it out or write it again")
             self.held = number, latents
         return self.held[1]
 
@@ -446,11 +451,6 @@ def place(folders, folder):
     return len(folders) - 1
 
 
-def starts(*sizes):
-    """(n + 1,) int64: where each of n consecutive pieces begins, and the end. sizes: arrays that are joined."""
-    return np.concatenate(([0], np.cumsum(np.concatenate(sizes), dtype=np.int64)))
-
-
 class Split:
     """One split (train or test) of one or several dataset folders, joined.
 
@@ -464,64 +464,59 @@ class Split:
     """
 
     def __init__(self, data, split, data_test=None, seq_len=None):
-        data, tested = ([Path(d) for d in ([a] if isinstance(a, (str, Path)) else a)] for a in (data, data_test or data))
+        data, tested = ([Path(d) for d in ([x] if isinstance(x, (str, Path)) else x)]
+                        for x in (data, data_test or data))
         folders, places = list(data), range(len(data))
         tested_places = places if tested == data else [place(folders, d) for d in tested]
         self.name, self.dirs, places = (split, data, places) if split == "train" else (split, tested, tested_places)
         episodes = {d: find_episodes(d) for d in {*folders, *tested}}
         seq_len = seq_len or max((e.length - 1 for found in episodes.values() for e in found), default=None)
-        self.names, shift = ["<blank>"], []
-        for d in folders:
-            shift.append(len(self.names) - 1)
-            self.names += table_names(d, episodes[d])[1:]
-        self.sources, metas, index = zip(*(self.open(d / split, episodes[d], seq_len) for d in self.dirs))
-        self.meta = metas[0]
-        for d, meta in zip(self.dirs, metas):
-            self.must_agree(meta, d / split)
-        ids, puzzles, groups = zip(*index)
-        self.puzzle_identifiers = np.concatenate([np.where(i == 0, 0, i + shift[at]) for i, at in zip(ids, places)]).astype(np.int32)
+        names = {d: table_names(d, episodes[d]) for d in episodes}
+        self.names = ["<blank>"] + [name for d in folders for name in names[d][1:]]
+        shift = starts([len(names[d]) - 1 for d in folders])
+        self.sources = [self.open(d / split, episodes[d], len(names[d]), seq_len) for d in self.dirs]
+        self.meta = dict(self.sources[0].meta)
+        for source in self.sources:
+            self.must_agree(source.meta, source.where)
+        ids, puzzles, groups = zip(*(s.index for s in self.sources))
+        shifted = [np.where(own == 0, 0, own + shift[i]) for own, i in zip(ids, places)]
+        self.puzzle_identifiers = np.concatenate(shifted).astype(np.int32)
         self.puzzle_indices, self.group_indices = (starts(*map(np.diff, a)) for a in (puzzles, groups))
         self.offsets = starts([len(s) for s in self.sources])
         self.meta |= {"num_puzzle_identifiers": len(self.names), "total_groups": len(self.group_indices) - 1,
                       "mean_puzzle_examples": len(self) / (len(self.puzzle_indices) - 1)}
 
-    def open(self, split_dir, episodes, seq_len):
-        """(source of examples, meta, (puzzle_identifiers, puzzle_indices, group_indices)) of one split folder."""
-        blank = {"vocab_size": 0, "pad_id": None, "ignore_label_id": None, "blank_identifier_id": 0}
-        if (split_dir / "latents").is_dir() and not (split_dir / "dataset.json").exists():
-            mine = [e for e in episodes if e.split == self.name]
-            if not mine:
-                raise UserError(f"{split_dir}/latents has no episode_XXX.npz; put some there, or name another folder")
-            meta = dict(seq_len=seq_len, input_dim=mine[0].dim, target_dim=mine[0].dim, input_pad_value=0.0, **blank)
-            source = Episodes(split_dir, meta, mine)
-            return source, meta, source.index
-        meta = read_json(split_dir / "dataset.json", "build the dataset again")
-        regression = meta.get("task_type") == "regression"
-        missing = sorted((NUMBERS_META if regression else META) - meta.keys())
-        if missing:
-            raise UserError(f"{split_dir}/dataset.json lacks {', '.join(missing)}; build the dataset again")
-        meta = {"input_pad_value": 0.0, "num_puzzle_identifiers": 1, **meta, **blank} if regression else meta
-        kind = Numbers if regression else Tokens
+    def open(self, split_dir, episodes, rows, seq_len):
+        """The source of examples of one split folder, with its meta and index. rows: identifiers of the folder."""
+        path = split_dir / "dataset.json"
+        if (split_dir / "latents").is_dir() and not path.exists():
+            return Episodes(split_dir, seq_len, [e for e in episodes if e.split == self.name])
+        meta = read_json(path, "build the dataset again")
+        kind = Numbers if meta.get("task_type") == "regression" else Tokens
+        if kind.needs - meta.keys():
+            raise UserError(f"{path} lacks {', '.join(sorted(kind.needs - meta.keys()))}; build the dataset again")
         source = kind(split_dir, meta, *(read_array(split_dir, name) for name in kind.fields))
-        if regression and not any(split_dir.glob(f"all__{name}.np?") for name in INDEX):
-            return source, meta, (np.zeros(len(source), np.int32), np.arange(len(source) + 1), np.arange(len(source) + 1))
-        index = [read_array(split_dir, name) for name in INDEX]
-        self.check_index(split_dir, len(source), meta["num_puzzle_identifiers"], *index)
-        return source, meta, index
+        n, there = len(source), any(f for name in INDEX for f in split_dir.glob(f"all__{name}.np?"))
+        if kind is Numbers and not there:
+            source.index = np.zeros(n, np.int32), np.arange(n + 1), np.arange(n + 1)
+        else:
+            source.index = [read_array(split_dir, name) for name in INDEX]
+            self.check_index(split_dir, n, rows, *source.index)
+        return source
 
     def must_agree(self, meta, where):
         for key in EQUAL:
             if meta.get(key) != self.meta.get(key):
-                raise UserError(f"{where} has {key} {meta.get(key)}, {self.dirs[0] / self.name} has {self.meta.get(key)}; "
+                raise UserError(f"{where} has {key} {meta.get(key)}, {self.sources[0].where} has {self.meta.get(key)}; "
                                 f"datasets go together only where these are equal")
 
-    def check_index(self, split_dir, n, n_ids, ids, puzzles, groups):
+    def check_index(self, split_dir, n, rows, ids, puzzles, groups):
         for name, a, end in (("puzzle_indices", puzzles, n), ("group_indices", groups, len(ids))):
             if len(a) < 2 or a[0] != 0 or a[-1] != end or (np.diff(a) < 0).any():
                 raise UserError(f"{split_dir}/all__{name}.npy does not rise from 0 to {end}; build the dataset again")
-        if len(puzzles) != len(ids) + 1 or ids.min() < 0 or ids.max() >= n_ids:
+        if len(puzzles) != len(ids) + 1 or ids.min() < 0 or ids.max() >= rows:
             raise UserError(f"{split_dir}/all__puzzle_identifiers.npy: {len(ids)} identifiers up to {ids.max()} for "
-                            f"{len(puzzles) - 1} puzzles and {n_ids} rows; build the dataset again")
+                            f"{len(puzzles) - 1} puzzles and {rows} names in identifiers.json; build the dataset again")
 
     def __len__(self):
         return int(self.offsets[-1])
@@ -534,15 +529,16 @@ class Split:
 
     @property
     def recipe(self):
-        return [json.loads((d / "recipe.json").read_text()) if (d / "recipe.json").exists() else None for d in self.dirs]
+        files = [d / "recipe.json" for d in self.dirs]
+        return [json.loads(f.read_text()) if f.exists() else None for f in files]
 
     def puzzle_of(self, examples):
         """Puzzle number (not identifier) of every example, (B,)."""
         return np.searchsorted(self.puzzle_indices, examples, side="right") - 1
 
     def gather(self, examples, puzzles=None, size=None):
-        """Arrays (inputs, labels, puzzle_ids) of the given examples (B,). Padded to `size` rows when fewer: pad_id, -100
-        (in regression input_pad_value, NaN) and the blank identifier."""
+        """Arrays (inputs, labels, puzzle_ids) of the given examples (B,). Padded to `size` rows when fewer, with
+        pad_id, -100 (in regression input_pad_value, NaN) and the blank identifier."""
         puzzles = self.puzzle_of(examples) if puzzles is None else puzzles
         if len(self.sources) == 1:
             inputs, labels = self.sources[0].gather(examples)
@@ -554,7 +550,7 @@ class Split:
         arrays = inputs, labels, self.puzzle_identifiers[puzzles]
         if size is None or size <= len(examples):
             return arrays
-        pads = *self.sources[0].pads, self.meta["blank_identifier_id"]
+        pads = *self.sources[0].pads, 0
         return tuple(np.concatenate((a, np.full((size - len(a), *a.shape[1:]), pad, a.dtype)))
                      for a, pad in zip(arrays, pads))
 

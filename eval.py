@@ -14,12 +14,11 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from io import BytesIO
-from itertools import chain, repeat
+from itertools import chain, repeat, zip_longest
 from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -108,9 +107,14 @@ def start_world(device, timeout_s):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
+        timeout = timedelta(seconds=timeout_s)
         with peers():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                    timeout=timedelta(seconds=timeout_s))
+            store = next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(size):   # several machines may count differently
+                # torchrun hands a process that it starts again the store of the one that died, with its addresses in it
+                store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                    world_size=size, timeout=timeout)
     return World(rank, size, device)
 
 
@@ -158,6 +162,14 @@ def answer(cfg, logits):
     return logits.float() if cfg.regression else logits.argmax(-1).to(torch.uint8 if cfg.vocab_size < 256 else torch.int32)
 
 
+def thoughts(model, inputs, puzzle_ids, steps):
+    """Boards (steps, B, ...) and q_halt (steps, B) after every supervision step, as numpy; inputs are arrays."""
+    device = model.y0.device
+    seen = [(answer(model.cfg, logits).cpu().numpy(), q[:, 0].cpu().numpy()) for logits, q in
+            think(model, torch.as_tensor(inputs, device=device), torch.as_tensor(puzzle_ids, device=device), steps)]
+    return tuple(map(np.stack, zip(*seen)))
+
+
 def score_rows(cfg, logits, labels):
     """(B,) each: loss, share of right cells (regression: mean absolute error), all right, number of labelled cells."""
     return (regression_rows if cfg.regression else token_rows)(cfg, logits, labels)
@@ -182,13 +194,13 @@ def score(model, split, world, batch_size, examples=None, effort=Effort(), progr
         table = torch.stack([c.float() for c in columns], 1).cpu().numpy()[:len(rows)]
         preds = answer(cfg, logits).cpu().numpy()[:len(rows)] if keep_preds else np.zeros((len(rows), 0), np.uint8)
         asked = np.flatnonzero(table[:, 0])
-        parts.append((rows[asked], table[asked], preds[asked]))
+        parts.append((rows[asked], table[asked, 1:6], table[asked, 6:] > 0, preds[asked]))
         bar.update(len(rows))
     bar.close()
-    rows, table, preds = (np.concatenate(p) for p in zip(*parts))
+    rows, table, history, preds = (np.concatenate(p) for p in zip(*parts))
     order = rows.argsort()
-    _, loss, cell, right, q, steps = table[order, :6].T.astype(np.float64)
-    return Scores(rows[order], loss, cell, right > 0, q, steps, table[order, 6:] > 0, preds[order])
+    loss, cell, right, q, steps = table[order].T.astype(np.float64)
+    return Scores(rows[order], loss, cell, right > 0, q, steps, history[order], preds[order])
 
 
 def run_full(model, split, batches, batch_size, effort):
@@ -508,7 +520,7 @@ def fetch(name, world):
     if world.rank == 0:
         from huggingface_hub import HfApi, hf_hub_download
         try:
-            files = HfApi().list_repo_files(repo)
+            files = [f.rfilename for f in HfApi().model_info(repo).siblings]    # list_repo_files retries for 23 s
             wanted = pick_file(repo, files, wanted)
             for file in [f for f in files if Path(f).name in ("config.json", "all_config.yaml")] + [wanted]:
                 hf_hub_download(repo, file, local_dir=folder)
@@ -593,12 +605,12 @@ def must_fit(content, cfg, split, reset):
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures
+# Pictures, 1200 pixels wide
 
 ARC_COLOURS = ("#FFFFFF", "#D9D9D9",    # outside of the grid, end line
                "#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25")
 MAZE_COLOURS = ("#FFFFFF", "#37474F", "#FFFFFF", "#2ECC40", "#FF851B", "#64B5F6")   # pad, wall, open, S, G, path
-WRONG = "#D50000"
+WRONG, PALE, GIVEN, ANSWER = "#D50000", "#FFCDD2", "#E6E6E6", "#0D47A1"
 
 
 def board_kind(cfg):
@@ -606,63 +618,9 @@ def board_kind(cfg):
     side = isqrt(cfg.seq_len)
     if cfg.regression:
         return "numbers"
-    if side in (4, 6, 9) and (cfg.seq_len, cfg.vocab_size) == (side * side, side + 2):
+    if side in sudoku.BOX and (cfg.seq_len, cfg.vocab_size) == (side * side, side + 2):
         return "sudoku"
     return {6: "maze", 12: "arc"}.get(cfg.vocab_size, "tokens") if side * side == cfg.seq_len else "tokens"
-
-
-def draw_board(ax, cfg, board, question=None, wrong=None):
-    """Draw one board (S,) of tokens, or (S, d) of numbers. `question` tells the givens of a Sudoku; the cells where
-    `wrong` (S,) is true are marked."""
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Rectangle
-    kind, side = board_kind(cfg), isqrt(cfg.seq_len)
-    width = side if side * side == cfg.seq_len else cfg.seq_len
-    ax.set_xticks([])
-    ax.set_yticks([])
-    marks = np.flatnonzero(wrong) if wrong is not None else []
-    if kind == "numbers":
-        ax.imshow(np.asarray(board, np.float32).T, aspect="auto", cmap="viridis")
-        for i in marks:
-            ax.axvspan(i - 0.5, i + 0.5, color=WRONG, alpha=0.3)
-        return
-    grid = np.asarray(board).reshape(-1, width)
-    if kind == "sudoku":
-        from prepare.sudoku import BOX
-        ax.set(xlim=(-0.5, side - 0.5), ylim=(side - 0.5, -0.5), aspect="equal")
-        rows, cols = BOX[side]
-        for i in range(side + 1):
-            ax.axhline(i - 0.5, color="black", lw=1.6 if i % rows == 0 else 0.4)
-            ax.axvline(i - 0.5, color="black", lw=1.6 if i % cols == 0 else 0.4)
-        for (r, c), token in np.ndenumerate(grid):
-            given = question is not None and question[r * side + c] > 1
-            bad = wrong is not None and wrong[r * side + c]
-            if bad or given:
-                ax.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, color="#FFCDD2" if bad else "#E6E6E6", lw=0))
-            if token > 1:
-                ax.text(c, r + 0.03, str(token - 1), ha="center", va="center", fontsize=120 / (side + 2),
-                        color=WRONG if bad else "black" if given else "#0D47A1", weight="bold" if given else "normal")
-        return
-    colours = {"arc": ARC_COLOURS, "maze": MAZE_COLOURS}.get(kind)
-    ax.imshow(grid, cmap=ListedColormap(colours) if colours else "tab20", vmin=0, vmax=cfg.vocab_size - 1)
-    if kind == "arc":
-        ax.set_xticks(np.arange(0.5, width - 1), minor=True)
-        ax.set_yticks(np.arange(0.5, len(grid) - 1), minor=True)
-        ax.grid(which="minor", color="#888888", lw=0.2)
-        ax.tick_params(which="minor", length=0)
-    ax.scatter([i % width for i in marks], [i // width for i in marks], marker="x", color=WRONG, s=max(8, 900 / width))
-
-
-def legend_handles(cfg):
-    """Patches and marks that explain draw_board."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-    cross = Line2D([], [], color=WRONG, marker="x", ls="", label="wrong cell")
-    return {"sudoku": [Patch(color="#E6E6E6", label="given"), Patch(color="#0D47A1", label="answer"),
-                       Patch(color="#FFCDD2", label="wrong cell")],
-            "maze": [Patch(facecolor=c, edgecolor="grey", label=name) for c, name in
-                     zip(MAZE_COLOURS[1:], ("wall", "open", "start", "goal", "path"))] + [cross],
-            "numbers": [Patch(color=WRONG, alpha=0.3, label="outside the tolerance")]}.get(board_kind(cfg), [cross])
 
 
 def wrong_cells(cfg, board, label):
@@ -672,80 +630,114 @@ def wrong_cells(cfg, board, label):
     return (board != label) & (label != IGNORE)
 
 
-def thoughts(model, inputs, puzzle_ids, steps):
-    """Boards (steps, B, ...) and q_halt (steps, B) after every supervision step, as numpy; inputs are arrays."""
-    device = model.y0.device
-    seen = [(answer(model.cfg, logits).cpu().numpy(), q[:, 0].cpu().numpy()) for logits, q in
-            think(model, torch.as_tensor(inputs, device=device), torch.as_tensor(puzzle_ids, device=device), steps)]
-    return tuple(map(np.stack, zip(*seen)))
+def draw_digits(ax, grid, given, wrong):
+    """A Sudoku; grid, given, wrong: (side, side) tokens, bool and bool."""
+    from matplotlib.patches import Rectangle
+    side, (rows, cols) = len(grid), sudoku.BOX[len(grid)]
+    ax.set(xlim=(-0.5, side - 0.5), ylim=(side - 0.5, -0.5), aspect="equal")
+    for i in range(side + 1):
+        ax.axhline(i - 0.5, color="black", lw=0.4 if i % rows else 1.6)
+        ax.axvline(i - 0.5, color="black", lw=0.4 if i % cols else 1.6)
+    size = 0.5 * ax.get_window_extent().width / side * 72 / 100
+    for (r, c), token in np.ndenumerate(grid):
+        if wrong[r, c] or given[r, c]:
+            ax.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, color=PALE if wrong[r, c] else GIVEN, lw=0))
+        if token > 1:
+            ax.text(c, r, str(token - 1), ha="center", va="center_baseline", fontsize=size, weight="bold" if given[r, c] else None,
+                    color=WRONG if wrong[r, c] else "black" if given[r, c] else ANSWER)
 
 
-def canvas(n, columns):
-    """A figure 1200 pixels wide with n axes in rows of `columns`, and room for a title and a legend."""
+def draw_board(ax, cfg, board, question, wrong, top):
+    """One board (S,) of tokens, or (S, d) of numbers; the cells where `wrong` (S,) is true (None: unknown) are marked.
+    top: the number, or token, of the last colour."""
+    from matplotlib.colors import ListedColormap
+    kind, side = board_kind(cfg), isqrt(cfg.seq_len)
+    wrong = np.zeros(cfg.seq_len, bool) if wrong is None else wrong
+    ax.set(xticks=[], yticks=[])
+    if kind == "numbers":
+        ax.imshow(np.asarray(board).T, aspect="auto", cmap="viridis", vmin=-top, vmax=top)
+        for i in np.flatnonzero(wrong):
+            ax.axvspan(i - 0.5, i + 0.5, color=WRONG, alpha=0.3)
+        return
+    grid, given, wrong = (np.reshape(a, (side, side) if side * side == cfg.seq_len else (1, -1)) for a in (board, question > 1, wrong))
+    if kind == "sudoku":
+        return draw_digits(ax, grid, given, wrong)
+    if kind == "arc":   # as much of the canvas as is used
+        used = (grid > 0) | wrong
+        h, w = (max(1, 1 + np.flatnonzero(used.any(axis)).max(initial=0)) for axis in (1, 0))
+        grid, wrong = grid[:h, :w], wrong[:h, :w]
+        ax.set_xticks(np.arange(0.5, w - 1), minor=True)
+        ax.set_yticks(np.arange(0.5, h - 1), minor=True)
+        ax.grid(which="minor", color="#888888", lw=0.3)
+        ax.tick_params(which="minor", length=0)
+    colours = {"arc": ARC_COLOURS, "maze": MAZE_COLOURS}.get(kind)
+    ax.imshow(grid, cmap=ListedColormap(colours) if colours else "tab20", vmin=0, vmax=top, aspect="equal" if len(grid) > 1 else "auto")
+    cell_pt = min(ax.get_window_extent().width / grid.shape[1], ax.get_window_extent().height / grid.shape[0]) * 0.72
+    ax.scatter(*np.nonzero(wrong)[::-1], marker="x", color=WRONG, s=(0.6 * cell_pt) ** 2, linewidths=max(0.8, 0.08 * cell_pt))
+
+
+def draw_panels(cfg, title, panels, columns):
+    """A figure of boards, with a legend; panels: [(name, board, question, wrong cells or None)]."""
     from matplotlib.figure import Figure
-    rows = -(-n // columns)
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    rows = -(-len(panels) // columns)
     height = rows * (12 / columns + 0.25) + 1.0
     figure = Figure(figsize=(12, height), dpi=100)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.6 / height, top=1 - 0.8 / height, wspace=0.08, hspace=0.16)
-    for ax in axes[n:]:
+    for ax in axes[len(panels):]:
         ax.set_axis_off()
-    return figure, axes
-
-
-def save_picture(figure, cfg, path, title):
+    top = np.nanmax([np.abs(b).max(initial=0, where=~np.isnan(b)) for _, b, *_ in panels]) if cfg.regression else cfg.vocab_size - 1
+    for ax, (name, board, question, wrong) in zip(axes, panels):
+        draw_board(ax, cfg, board, question, wrong, top)
+        ax.set_title(name, fontsize=10)
+    maze_names = zip(MAZE_COLOURS[1:], ("wall", "open", "start", "goal", "path"))
+    handles = {"sudoku": [Patch(color=c, label=name) for c, name in ((GIVEN, "given"), (ANSWER, "answer"), (PALE, "wrong cell"))],
+               "maze": [Patch(facecolor=c, edgecolor="grey", label=name) for c, name in maze_names],
+               "arc": [Patch(facecolor=ARC_COLOURS[1], edgecolor="grey", label="end of the grid")],
+               "numbers": [Patch(color=WRONG, alpha=0.3, label=f"outside the tolerance   (colours from {-top:.3g} to {top:.3g})")],
+               }.get(board_kind(cfg), [])
+    if board_kind(cfg) not in ("sudoku", "numbers"):
+        handles.append(Line2D([], [], color=WRONG, marker="x", ls="", label="wrong cell"))
     figure.suptitle(title, fontsize=14)
-    figure.legend(handles=legend_handles(cfg), loc="lower center", ncols=6, frameon=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.legend(handles=handles, loc="lower center", ncols=6, frameon=False)
+    return figure
+
+
+def step_panel(step, question, boards, marks, q):
+    """The panel of a supervision step, counted from 1."""
+    wrong = marks[step - 1]
+    count = "" if wrong is None else f": {wrong.sum()} wrong" if wrong.any() else ": no cell wrong"
+    return f"step {step}{count}, q_halt {q[step - 1]:+.1f}", boards[step - 1], question, wrong
+
+
+def draw_steps(cfg, path, title, question, boards, marks, q, label=None):
+    """PNG of one puzzle: the question, its answer after some supervision steps, the target if it is given."""
+    steps = [s for s in (1, 2, 4, 8, 16) if s < len(boards)] + [len(boards)]
+    target = [] if label is None else [("target", label, question, None)]
+    panels = [("question", question, question, None), *(step_panel(s, question, boards, marks, q) for s in steps), *target]
+    draw_panels(cfg, title, panels, 3 + len(target)).savefig(path)
     return path
 
 
-def step_title(step, marks, q):
-    count = "" if marks is None else f": {marks.sum()} wrong" if marks.any() else ": no cell wrong"
-    return f"step {step}{count}, q_halt {q:+.1f}"
-
-
-def draw_steps(cfg, path, title, question, boards, marks, q, label=None, steps=(1, 2, 4, 8, 16)):
-    """PNG of one puzzle: the question, its answer after some supervision steps, the target if it is given."""
-    steps = [s for s in steps if s < len(boards)] + [len(boards)]
-    figure, axes = canvas(len(steps) + 1 + (label is not None), 4 if label is not None else 3)
-    draw_board(axes[0], cfg, question, question)
-    axes[0].set_title("question")
-    for ax, step in zip(axes[1:], steps):
-        draw_board(ax, cfg, boards[step - 1], question, marks[step - 1])
-        ax.set_title(step_title(step, marks[step - 1], q[step - 1]), fontsize=10)
-    if label is not None:
-        draw_board(axes[len(steps) + 1], cfg, label, question)
-        axes[len(steps) + 1].set_title("target")
-    return save_picture(figure, cfg, path, title)
-
-
 def animate(cfg, path, title, question, boards, marks, q, label=None):
-    """GIF of the answer, supervision step by step, beside the question and the target if it is given."""
-    from matplotlib.animation import PillowWriter
-    n = 2 + (label is not None)
-    figure, axes = canvas(n, n)
-    for ax, board, name in ((axes[0], question, "question"), (axes[-1], label, "target")):
-        if board is not None:
-            draw_board(ax, cfg, board, question)
-            ax.set_title(name)
-    figure.suptitle(title, fontsize=14)
-    figure.legend(handles=legend_handles(cfg), loc="lower center", ncols=6, frameon=False)
-    writer = PillowWriter(fps=2)
-    with writer.saving(figure, path, dpi=100):
-        for i in [*range(len(boards)), *[len(boards) - 1] * 4]:     # the last one stays for a while
-            axes[1].clear()
-            draw_board(axes[1], cfg, boards[i], question, marks[i])
-            axes[1].set_title(step_title(i + 1, marks[i], q[i]))
-            writer.grab_frame()
+    """GIF of the answer, half a second a supervision step, beside the question and the target if it is given."""
+    from PIL import Image
+    frames, target = [], [] if label is None else [("target", label, question, None)]
+    for step in range(1, 1 + len(boards)):
+        panels = [("question", question, question, None), step_panel(step, question, boards, marks, q), *target]
+        drawn = BytesIO()
+        draw_panels(cfg, title, panels, len(panels)).savefig(drawn)
+        frames.append(Image.open(drawn).convert("P", palette=Image.Palette.ADAPTIVE))
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=[500] * (len(frames) - 1) + [3000], loop=0)
 
 
 def draw_curve(path, curve, n):
     """PNG of the share of right puzzles after every supervision step."""
-    figure, (ax,) = canvas(1, 1)
-    figure.set_size_inches(12, 5)
-    figure.subplots_adjust(left=0.08, bottom=0.13, right=0.97, top=0.9)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
+    ax = figure.subplots()
     ax.plot(range(1, len(curve) + 1), curve, marker="o" if len(curve) < 40 else None)
     ax.set(xlabel="supervision steps", ylabel="right puzzles", title=f"{n:,} puzzles: {curve[-1]:.4f} right after {len(curve)} steps")
     ax.grid(alpha=0.3)
@@ -755,19 +747,15 @@ def draw_curve(path, curve, n):
 def draw_examples(cfg, path, split, scores, n):
     """PNG of n test puzzles, half of them wrong ones where there are any: question, answer and target."""
     wrong, right = np.flatnonzero(~scores.right), np.flatnonzero(scores.right)
-    take = max(min(len(wrong), n // 2), n - len(right))
-    chosen = [*wrong[:take], *right[:n - take]]
-    figure, axes = canvas(3 * len(chosen), 6)
-    inputs, labels, _ = split.gather(scores.examples[chosen])
-    for i, row in enumerate(chosen):
-        board, label = scores.preds[row], labels[i]
-        marks = wrong_cells(cfg, board, label)
-        shown = label if cfg.regression else np.where(label == IGNORE, 0, label)
-        for ax, b, m, name in zip(axes[3 * i:], (inputs[i], board, shown), (None, marks, None),
-                                  (f"puzzle {scores.examples[row]}", f"{marks.sum()} wrong" if marks.any() else "right", "target")):
-            draw_board(ax, cfg, b, inputs[i], m)
-            ax.set_title(name, fontsize=10)
-    save_picture(figure, cfg, path, f"Test puzzles: question, answer, target")
+    n_wrong = max(min(len(wrong), n // 2), n - len(right))
+    chosen = [*wrong[:n_wrong], *right[:n - n_wrong]]
+    panels, (inputs, labels, _) = [], split.gather(scores.examples[chosen])
+    for row, question, label in zip(chosen, inputs, labels):
+        bad = wrong_cells(cfg, scores.preds[row], label)
+        panels += [(f"puzzle {scores.examples[row]}", question, question, None),
+                   (f"{bad.sum()} wrong" if bad.any() else "right", scores.preds[row], question, bad),
+                   ("target", label if cfg.regression else label.clip(0), question, None)]
+    draw_panels(cfg, "Test puzzles: question, answer, target", panels, 6).savefig(path)
 
 
 def puzzle_picture(model, split, path, batch_size):
@@ -805,10 +793,9 @@ def read_puzzle(source, cfg):
             arc.check_grid(grid, f"--solve: {part} of {key} example {i}")
         return task
     if kind == "sudoku":
-        cells, alphabet = [c for c in text if c not in " |+-\r\n\t"], ".123456789"[:side + 1]
-        cells = ["." if c == "0" else c for c in cells]
+        cells, alphabet = re.sub(r"[\s|+-]", "", text).replace("0", "."), ".123456789"[:side + 1]
     elif kind == "maze":
-        cells, alphabet = [c for line in text.strip("\r\n").splitlines() for c in line.ljust(side)], "# SGo"
+        cells, alphabet = "".join(line.ljust(side) for line in text.strip("\r\n").splitlines()), "# SGo"
     else:
         raise UserError("--solve knows Sudoku, mazes and ARC; this checkpoint is of another task: use --show and --save-preds")
     odd = [c for c in cells if c not in alphabet]
@@ -823,26 +810,26 @@ def rule_breakers(kind, question, board, side):
     if kind == "maze":
         return (board != question) & ~((question == maze.FREE) & (board == maze.PATH))
     bad = (board != question) & (question > 1) | (board < 2)
-    for unit in sudoku.units(side):
+    for unit in np.array(sudoku.units(side)).T:     # the row of every cell, its column, its box
         _, cell, count = np.unique(unit * 16 + board, return_inverse=True, return_counts=True)
         bad |= count[cell] > 1
     return bad
 
 
-def terminal(kind, grid, given=None, bad=None, colour=False):
-    """Lines of text for a board (rows, columns) of tokens (ARC: of colours), with ANSI colours if asked for."""
+def terminal(kind, grid, bold, bad):
+    """Lines of text for a board (rows, columns) of tokens (ARC: of colours), with ANSI colours on a terminal."""
+    colour, box = sys.stdout.isatty(), sudoku.BOX[len(grid)] if kind == "sudoku" else None
+
     def cell(r, c):
         token = int(grid[r, c])
         if kind == "sudoku":
-            style = "41;97" if bad is not None and bad[r, c] else "1" if given is not None and given[r, c] else "34"
-            text = "." if token < 2 else str(token - 1)
-            bar = "| " if c and c % box[1] == 0 else ""
+            text, bar = ".123456789"[max(0, token - 1)], "| " if c and c % box[1] == 0 else ""
+            style = "41;97" if bad[r, c] else "1" if bold[r, c] else "34"
             return f"{bar}\033[{style}m{text}\033[0m " if colour else f"{bar}{text} "
         if not colour:
             return str(token) if kind == "arc" else " # SGo"[token]
         shade = (16, 33, 203, 41, 220, 248, 201, 208, 117, 88)[token] if kind == "arc" else (16, 240, 255, 41, 208, 33)[token]
-        return f"\033[48;5;{88 if kind == 'maze' and bad is not None and bad[r, c] else shade}m  \033[0m"
-    box = sudoku.BOX[len(grid)] if kind == "sudoku" else None
+        return f"\033[48;5;{196 if bad[r, c] else shade}m  \033[0m"
     lines = ["".join(cell(r, c) for c in range(grid.shape[1])) for r in range(len(grid))]
     if box:
         rule = "+-".join(["--" * box[1]] * (len(grid) // box[1]))
@@ -852,16 +839,13 @@ def terminal(kind, grid, given=None, bad=None, colour=False):
 
 def side_by_side(boards):
     """Print titled boards [(title, lines)] next to each other where 80 columns allow it, else one below the other."""
-    plain = [[re.sub("\033.*?m", "", line) for line in lines] for _, lines in boards]
-    widths = [max(map(len, (title, *lines))) for (title, _), lines in zip(boards, plain)]
+    def width(line):
+        return len(re.sub("\033.*?m", "", line))
+    widths = [max(map(width, (title, *lines))) for title, lines in boards]
     if sum(widths) + 4 * (len(boards) - 1) > 80:
-        for title, lines in boards:
-            print(title, *lines, "", sep="\n")
-        return
-    print("    ".join(f"{title:<{w}}" for (title, _), w in zip(boards, widths)).rstrip())
-    for r in range(max(len(lines) for _, lines in boards)):
-        print("    ".join(lines[r] + " " * (w - len(bare[r])) if r < len(lines) else " " * w
-                          for (_, lines), bare, w in zip(boards, plain, widths)).rstrip())
+        return [print(title, *lines, "", sep="\n") for title, lines in boards]
+    for row in zip_longest(*([title, *lines] for title, lines in boards), fillvalue=""):
+        print("    ".join(line + " " * (w - width(line)) for line, w in zip(row, widths)).rstrip())
     print()
 
 
@@ -879,46 +863,42 @@ def solve_board(model, question, args, effort):
     inputs, ids = (torch.from_numpy(a).to(model.y0.device) for a in (question[None], np.zeros(1, np.int32)))
     boards, halts = [], []
     for logits, q in think(model, inputs, ids, effort.of(cfg)):
-        boards.append(answer(cfg, logits)[0].cpu().numpy())
+        boards.append(answer(cfg, logits)[0].cpu().numpy().astype(np.int32))
         halts.append(q[0, 0].item())
         if effort.halt is not None and halts[-1] > effort.halt:
             break
     logits, q = with_effort(model, inputs, ids, effort, 0, logits, q)
     board = answer(cfg, logits)[0].cpu().numpy().astype(np.int32)
-    bad = rule_breakers(kind, question, board, side)
+    marks = [rule_breakers(kind, question, b, side) for b in (*boards, board)]
     right = bool(sudoku.check(question, board, side) if kind == "sudoku" else maze.check(question, board, side))
-    given, square = (question > 1).reshape(side, side), (side, side)
-    side_by_side([("question", terminal(kind, question.reshape(square), given, None, sys.stdout.isatty())),
-                  ("answer", terminal(kind, board.reshape(square), given, bad.reshape(square), sys.stdout.isatty()))])
+    side_by_side([(name, terminal(kind, *(a.reshape(side, side) for a in (b, question > 1, bad))))
+                  for name, b, bad in (("question", question, np.zeros(len(board), bool)), ("answer", board, marks[-1]))])
     rule = {"sudoku": "a legal Sudoku that keeps the givens", "maze": "a shortest path from S to G"}[kind]
-    print(f"{'RIGHT' if right else 'WRONG'}: the answer is {'' if right else 'not '}{rule}"
-          + (f"; {bad.sum()} cells break the rules" if bad.any() else ""))
+    print(f"{'RIGHT: the answer is' if right else 'WRONG: the answer is not'} {rule}"
+          + (f"; {marks[-1].sum()} cells break the rules" if marks[-1].any() else ""))
     print(f"steps {len(boards)}, q_halt {q[0, 0].item():+.2f}; the answer did not change after step "
           f"{1 + max([i for i, b in enumerate(boards[:-1], 1) if (b != boards[-1]).any()], default=0)}")
-    pictures(args, cfg, question, boards, [rule_breakers(kind, question, b, side) for b in boards], halts)
+    pictures(args, cfg, question, boards, marks, halts)
     return right
 
 
-def adapt(model, task, augs, n_steps, whole, batch_size=32):
+def adapt(model, examples, augs, n_steps, whole, batch_size):
     """Train `model` on the demonstrations of an ARC task in the augmentations `augs` [(t, colours)]: one new puzzle row
     each, from the mean row, and with `whole` all weights. As in training: carry, loss, optimizers, learning rates."""
     from train import AdamATan2, Flat, sign_sgd
-    examples = [tuple(np.array(e[part], np.uint8) for part in ("input", "output")) for e in task["train"]]
-    inputs, labels = BytesIO(), BytesIO()
-    arc.write_examples(inputs, labels, examples, augs, True, arc.words(0).__next__)
-    inputs, labels = (torch.from_numpy(np.frombuffer(b.getvalue(), np.uint8).reshape(-1, arc.SIDE ** 2).astype(np.int32))
-                      for b in (inputs, labels))
-    labels[labels == 0] = IGNORE
-    ids = torch.arange(len(augs), dtype=torch.int32).repeat_interleave(len(examples))
-    device, generator = model.y0.device, torch.Generator().manual_seed(0)
+    rows = [np.frombuffer(b"".join(b), np.uint8).reshape(-1, arc.SIDE ** 2).astype(np.int32)
+            for b in arc.render(examples, augs, True, arc.words(0).__next__)]
+    inputs, labels, ids = rows[0], np.where(rows[1] == 0, IGNORE, rows[1]), np.repeat(np.arange(len(augs), dtype=np.int32), len(examples))
+    device, rng = model.y0.device, np.random.RandomState(0)
     delta = torch.zeros(batch_size, model.cfg.puzzle_emb_ndim, device=device, requires_grad=True)
     model.train().requires_grad_(whole)
-    flat = Flat(model) if whole else None
-    adam = AdamATan2(len(flat.data), device, 0.9, 0.95, 0.1) if whole else None
-    carry, zeros = None, torch.zeros(batch_size, dtype=torch.int32)
+    if whole:
+        flat = Flat(model)
+        adam = AdamATan2(len(flat.data), device, 0.9, 0.95, 0.1)
+    carry, zeros = None, np.zeros(batch_size, np.int32)
     for t in tqdm(range(1, n_steps + 1), desc="adapting", unit="step", leave=False):
-        rows = torch.randint(len(ids), (batch_size,), generator=generator)
-        batch = Batch(*(a.to(device) for a in (inputs[rows], labels[rows], ids[rows], zeros)))
+        i = rng.randint(len(ids), size=batch_size)
+        batch = Batch(*(torch.from_numpy(a).to(device) for a in (inputs[i], labels[i], ids[i], zeros)))
         carry, logits, q = model.step(carry or model.empty_carry(batch), batch, delta)
         (act_loss(model.cfg, carry, logits, q)[0] / batch_size).backward()
         sign_sgd(model.puzzle_emb, carry.puzzle_ids, delta.grad, 1e-2, 0.1)
@@ -931,39 +911,34 @@ def adapt(model, task, augs, n_steps, whole, batch_size=32):
 
 def solve_task(model, task, args, effort, names):
     """Answer every test input of an ARC task, by the vote of its augmented copies, and print it. True or False when
-    the outputs are known, else None."""
+    outputs are known, else None."""
     examples = [tuple(np.array(e[part], np.uint8) for part in ("input", "output")) for e in task["train"]]
     task_id = Path(args.solve).stem
-    rows = [(i, *arc.parse_name(name)[1:]) for i, name in enumerate(names) if name.split("|||")[0] == task_id]
+    rows = [(i, *parse_name(name)[1:]) for i, name in enumerate(names) if name.split("|||")[0] == task_id]
     if args.adapt or not rows:
         augs = arc.augmentations(examples, effort.augment, arc.words(0).__next__)
         model.puzzle_emb = model.puzzle_emb.mean(0).repeat(len(augs), 1)
-        rows = [(i, t, colours) for i, (t, colours) in enumerate(augs)]
+        rows = [(i, *aug) for i, aug in enumerate(augs)]
         if args.adapt:
-            adapt(model, task, augs, args.adapt, args.adapt_all)
+            adapt(model, examples, augs, args.adapt, args.adapt_all, args.batch_size or 32)
         else:
             print(f"{task_id} is not in the checkpoint's puzzle table: answering from the mean row; --adapt N trains a row")
-    rows = rows[:1 + effort.augment]
-    verdicts, colour = [], sys.stdout.isatty()
+    rows, verdicts = rows[:1 + effort.augment], []
     for number, example in enumerate(task["test"]):
-        given = np.array(example["input"], np.uint8)
+        given, target = (np.array(example[k], np.uint8) if k in example else None for k in ("input", "output"))
         inputs = np.stack([arc.encode(arc.augment(given, t, colours)) for _, t, colours in rows]).astype(np.int32)
         boards, q = thoughts(model, inputs, [i for i, *_ in rows], effort.of(model.cfg))
         answers = [arc.undo(arc.decode(b), t, colours) for b, (_, t, colours) in zip(boards[-1], rows)]
-        votes = Counter(map(grid_key, answers))
-        best = max(range(len(rows)), key=lambda i: (votes[grid_key(answers[i])], q[-1, i]))
-        shown = [("input", terminal("arc", given, colour=colour)), ("answer", terminal("arc", answers[best], colour=colour))]
-        label = None
-        if "output" in example:
-            target = np.array(example["output"], np.uint8)
-            label = arc.encode(target).astype(np.int32)
-            shown.append(("target", terminal("arc", target, colour=colour)))
-            verdicts.append(grid_key(target) == grid_key(answers[best]))
+        keys = [grid_key(a) for a in answers]
+        best = max(range(len(rows)), key=lambda i: (keys.count(keys[i]), q[-1, i]))
+        verdict = "" if target is None else "RIGHT, " if keys[best] == grid_key(target) else "WRONG, "
+        verdicts += [verdict.startswith("RIGHT")] if verdict else []
+        shown = {"input": given, "answer": answers[best]} | ({} if target is None else {"target": target})
         print(f"test input {number}:")
-        side_by_side(shown)
-        verdict = "RIGHT, " if verdicts and verdicts[-1] else "WRONG, " if verdicts else ""
-        print(f"{verdict}steps {len(boards)}, q_halt {q[-1, best]:+.2f}, {votes[grid_key(answers[best])]} of {len(rows)} votes")
+        side_by_side([(name, terminal("arc", g, None, np.zeros(g.shape, bool))) for name, g in shown.items()])
+        print(f"{verdict}steps {len(boards)}, q_halt {q[-1, best]:+.2f}, {keys.count(keys[best])} of {len(rows)} votes\n")
         if number == 0:
+            label = None if target is None else arc.encode(target).astype(np.int32)
             marks = [None if label is None else (b != label) & (label > 0) for b in boards[:, 0]]
             pictures(args, model.cfg, inputs[0], boards[:, 0], marks, q[:, 0], label)
     return all(verdicts) if verdicts else None
@@ -972,7 +947,8 @@ def solve_task(model, task, args, effort, names):
 def solve(model, args, effort, names):
     """Exit code 0, or 1 when the answer is known to be wrong."""
     puzzle = read_puzzle(args.solve, model.cfg)
-    right = solve_task(model, puzzle, args, effort, names) if isinstance(puzzle, dict) else solve_board(model, puzzle, args, effort)
+    right = (solve_task(model, puzzle, args, effort, names) if isinstance(puzzle, dict) else
+             solve_board(model, puzzle, args, effort))
     return int(right is False)
 
 
@@ -985,63 +961,104 @@ def wilson(p, n, z=1.96):
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
-def print_table(rows):
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
-
-
 def table(results):
-    """The rows (name, text) that are printed of results.json."""
-    part = f"   (a part: {results['part']})" if results["part"] else ""
-    rows = []
+    """The rows (name, text) of what is printed of results.json."""
+    rows, part = [], f"   (a part: {results['part']})" if results["part"] else ""
     for name, value in results["metrics"].items():
-        note = ""
+        note = part if name == "n" else ""
         if name in results["intervals"]:
             low, high, n, unit = results["intervals"][name]
-            note = f"   95% interval {low:.4f} .. {high:.4f} of {n:,} {unit}"
-        text = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
-        rows.append((name, text + (note + part if note or name == "n" else "")))
+            note = f"   95% interval {low:.4f} .. {high:.4f} of {n:,} {unit}{part}"
+        rows.append((name, (f"{value:.4f}" if isinstance(value, float) else f"{value:,}") + note))
     curve = results["exact_acc_by_step"]
-    shown = [s for s in (1 << i for i in range(20)) if s < len(curve)] + [len(curve)] * bool(curve)
-    rows += [("right by step", "  ".join(f"{s}: {curve[s - 1]:.4f}" for s in shown))] if curve else []
-    return rows + [(k.replace("_", " "), f"{v:,.1f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v)
+    steps = [s for s in (1 << i for i in range(20)) if s < len(curve)] + [len(curve)]
+    rows += [("right by step", "  ".join(f"{s}: {curve[s - 1]:.4f}" for s in steps))] if curve else []
+    return rows + [(k, f"{v:,.1f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v)
                    for k, v in results["about"].items()]
 
 
-def compare(a, b):
-    """Print whether B is better than A (two results.json): one-sided z-test, and McNemar over rows that both kept."""
+def compare(*paths):
+    """Print whether the second results.json is better: one-sided z-test, and McNemar over the rows that both kept."""
     found = []
-    for path in map(Path, (a, b)):
+    for path in map(Path, paths):
         try:
             results = json.loads(path.read_text())
-            name = next(iter(results["intervals"]))
-            found.append((path, results["metrics"][name], results["intervals"][name][2], name))
+            name, (_, _, n, _) = next(iter(results["intervals"].items()))
+            found.append((name, results["metrics"][name], n))
         except (OSError, ValueError, KeyError, StopIteration) as e:
             raise UserError(f"--compare {path}: no results.json of eval.py ({type(e).__name__}: {e})") from None
-    (path_a, p, n, name), (path_b, p2, n2, name2) = found
-    if name != name2:
-        raise UserError(f"--compare: {a} measures {name}, {b} {name2}; compare evaluations of the same task")
+    (name, p, n), (other_name, p2, n2) = found
+    if name != other_name:
+        raise UserError(f"--compare: {paths[0]} measures {name}, {paths[1]} {other_name}; compare evaluations of the same task")
     pooled = (p * n + p2 * n2) / (n + n2)
-    error = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / n2))
-    z = (p2 - p) / error if error else 0.0
+    z = (p2 - p) / max(1e-12, math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / n2)))
     print(f"{name}: A {p:.4f} of {n:,}, B {p2:.4f} of {n2:,}: B - A = {p2 - p:+.4f}\n"
           f"two proportions: z = {z:.3f}, one-sided p = {0.5 * math.erfc(z / math.sqrt(2)):.4g} that B is no better")
-    files = [path.with_name("right.npz") for path in (path_a, path_b)]
-    kept = [np.load(f) for f in files if f.exists()]
-    if len(kept) == 2 and np.array_equal(kept[0]["row"], kept[1]["row"]) and kept[0]["data"] == kept[1]["data"]:
-        right_a, right_b = (k["right"] for k in kept)
-        only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-        print(f"McNemar: only A right {only_a}, only B right {only_b}; exact one-sided p = {binomial_tail(only_b, only_a + only_b):.4g}")
-    else:
+    a, b = (np.load(f) if f.exists() else {"row": None, "data": None} for f in (Path(p).with_name("right.npz") for p in paths))
+    if a["data"] is None or a["data"] != b["data"] or not np.array_equal(a["row"], b["row"]):
         print("McNemar: needs right.npz of the same rows of the same data beside both")
-    return 0
+        return
+    only_a, only_b = int((a["right"] & ~b["right"]).sum()), int((b["right"] & ~a["right"]).sum())
+    n = only_a + only_b     # under the null hypothesis B wins a binomial(n, 1/2) number of them
+    terms = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(only_b, n + 1)]
+    print(f"McNemar: only A right {only_a}, only B right {only_b}; exact one-sided p = {min(1.0, math.fsum(map(math.exp, terms))):.4g}")
 
 
-def binomial_tail(k, n):
-    """P(X >= k) for X binomial(n, 1/2)."""
-    log = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k, n + 1)]
-    return min(1.0, math.fsum(map(math.exp, log)))
+def choose_examples(split, limit, max_aug):
+    """The rows to score (n,), and what to call them when they are not all (else None)."""
+    examples, part = np.arange(len(split)), []
+    if max_aug is not None:
+        puzzle = split.puzzle_of(examples)
+        group = np.searchsorted(split.group_indices, puzzle, side="right") - 1
+        examples, part = examples[puzzle - split.group_indices[group] <= max_aug], [f"{max_aug} augmentations a puzzle"]
+    if limit is not None and limit < len(examples):
+        examples, part = examples[:limit], [*part, f"the first {limit:,} of {len(examples):,} rows"]
+    return examples, ", ".join(part) or None
+
+
+def full_evaluation(args, world, model, split, effort, path, output):
+    """All that is measured on a split, as results.json holds it (rank 0; it writes the other files of `output`, too)."""
+    cfg, (examples, part) = model.cfg, choose_examples(split, args.limit, args.max_aug)
+    size = args.batch_size or (768 if world.device.type == "cuda" else max(1, 2 ** 13 // cfg.length))
+    n_params = sum(p.numel() for p in model.parameters())
+    about = {"supervision steps": effort.of(cfg), "parameters": n_params, "with puzzle table": n_params + model.puzzle_emb.numel(),
+             "device": f"{world.size} x {world.device.type}", "precision": cfg.dtype, "batch of a rank": size}
+    score(model, split, world, size, examples[:1], Effort(steps=1), progress=False)     # compiles, allocates
+    start = time.perf_counter()
+    if args.halt:
+        sample = examples[:10 * size * world.size]
+        full = measure(model, split, world, size, sample, Effort(args.steps))[0]
+        about["without halting"] = (f"exact_acc {full[metric_names(cfg)[2]]:.4f}, {len(sample) / (time.perf_counter() - start):,.1f} "
+                                    f"rows/s, on the first {len(sample):,} rows")
+        start = time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
+    pool = output / f"votes-{path.stem}.json" if args.pool_votes else None
+    metrics, scores, votes = measure(model, split, world, size, examples, effort, True, args.save_preds or bool(args.show), pool)
+    about["seconds"] = time.perf_counter() - start
+    about["rows/s"] = len(examples) / about["seconds"]
+    if world.rank:
+        return None
+    name, rows, right = metric_names(cfg)[2], scores.examples, scores.right
+    intervals = {name: [*wilson(metrics[name], len(right)), len(right), "puzzles"]}
+    if votes:   # augmented rows are no sample of anything: tasks and test inputs are
+        right = np.concatenate(votes.places()) < 2
+        n_tasks, rows, pooled = len(votes.places()), np.arange(len(right)), "pass@2 of test inputs"
+        metrics = {"pass@1": metrics["pass@1"], "pass@2": metrics["pass@2"], pooled: float(right.mean())} | metrics
+        intervals = {"pass@2": [*wilson(metrics["pass@2"], n_tasks), n_tasks, "tasks"],
+                     pooled: [*wilson(right.mean(), len(right)), len(right), "test inputs"]}
+        write_json(output / "submission.json", votes.submission())
+    digest = hashlib.sha256(split.gather(examples[:1000])[0].tobytes()).hexdigest()     # tells --compare the same data
+    np.savez(output / "right.npz", row=rows, right=right, data=digest)
+    if args.save_preds:
+        inputs, labels, ids = split.gather(scores.examples)
+        np.savez(output / "predictions.npz", inputs=inputs, labels=labels, puzzle_identifiers=ids, preds=scores.preds, q_halt_logits=scores.q)
+    curve = scores.history.mean(0).tolist() if effort.rollouts == 1 and not effort.augment else []
+    if args.steps and curve:
+        draw_curve(output / "steps.png", curve, len(scores.right))
+    if args.show:
+        draw_examples(cfg, output / "show.png", split, scores, args.show)
+    return {"metrics": metrics, "intervals": intervals, "part": part, "exact_acc_by_step": curve, "about": about,
+            "effort": effort._asdict(), "data": [str(d) for d in split.dirs], "identity": split.identity}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1138,19 +1155,6 @@ def open_split(dirs, known, world, content):
     return Split(trained or dirs, "test", dirs, content.get("config", {}).get("seq_len"))
 
 
-def choose_examples(split, limit, max_aug):
-    """The rows to score (n,), and what to call them when they are not all (else None)."""
-    examples, part = np.arange(len(split)), []
-    if max_aug is not None:
-        puzzle = split.puzzle_of(examples)
-        group = np.searchsorted(split.group_indices, puzzle, side="right") - 1
-        examples = examples[puzzle - split.group_indices[group] <= max_aug]
-        part = [f"{max_aug} augmentations a puzzle"]
-    if limit is not None and limit < len(examples):
-        examples, part = examples[:limit], part + [f"the first {limit:,} of {len(examples):,} rows"]
-    return examples, ", ".join(part) or None
-
-
 def check_task(args, cfg, split):
     """Flags that do something for some tasks only. Raises UserError."""
     for name, there in (("pool_votes", test_puzzles(split) is not None), ("max_aug", test_puzzles(split) is not None),
@@ -1188,7 +1192,8 @@ def run(args, world):
     output = Path(args.output or (f"runs/eval-{args.hf.split('/')[1]}" if args.hf else path.parent))
     results = full_evaluation(args, world, model, split, effort, path, output)
     if world.rank == 0:
-        print_table([("checkpoint", f"{path} ({'average' if args.ema and content.get('ema') else 'last'} weights)")] + table(results))
+        for name, text in [("checkpoint", f"{path} ({'average' if args.ema and content.get('ema') else 'last'} weights)"), *table(results)]:
+            print(f"{name:<22} {text}")
         write_json(output / "results.json", results)
         if args.push:
             push(args.push, path, cfg, state, results)
@@ -1197,52 +1202,6 @@ def run(args, world):
             print(f"{exact:.4f} is below --min-exact {args.min_exact}", file=sys.stderr)
             return 1
     return 0
-
-
-def full_evaluation(args, world, model, split, effort, path, output):
-    """All that is measured on a split, as results.json holds it; rank 0 writes the other files of the output folder."""
-    cfg, (examples, part) = model.cfg, choose_examples(split, args.limit, args.max_aug)
-    size = args.batch_size or (768 if world.device.type == "cuda" else max(1, 2 ** 13 // cfg.length))
-    about = {"device": f"{world.size} x {world.device.type}", "precision": cfg.dtype, "batch of a rank": size,
-             "parameters": sum(p.numel() for p in model.parameters()), "supervision steps": effort.of(cfg)}
-    about["with puzzle table"] = about["parameters"] + model.puzzle_emb.numel()
-    score(model, split, world, size, examples[:1], Effort(steps=1), progress=False)     # compiles, allocates
-    start = time.perf_counter()
-    if args.halt:
-        sample = examples[:10 * size * world.size]
-        full = measure(model, split, world, size, sample, effort._replace(halt=None))[0]
-        about["without halting"] = (f"exact_acc {full[metric_names(cfg)[2]]:.4f}, {len(sample) / (time.perf_counter() - start):,.1f} "
-                                    f"rows/s, on the first {len(sample):,} rows")
-        start = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
-    pool = output / f"votes-{path.stem}.json" if args.pool_votes else None
-    metrics, scores, votes = measure(model, split, world, size, examples, effort, True, args.save_preds or bool(args.show), pool)
-    about["seconds"] = time.perf_counter() - start
-    about["rows/s"] = len(examples) / about["seconds"]
-    name, rows, right = metric_names(cfg)[2], scores.examples, scores.right
-    intervals = {name: [*wilson(metrics[name], len(right)), len(right), "puzzles"]}
-    if votes:   # augmented rows are no sample of anything: tasks and test inputs are
-        n_tasks, right = len(votes.places()), np.concatenate(votes.places()) < 2
-        rows = np.arange(len(right))
-        metrics["pass@2 of test inputs"] = float(right.mean())
-        intervals = {"pass@2": [*wilson(metrics["pass@2"], n_tasks), n_tasks, "tasks"],
-                     "pass@2 of test inputs": [*wilson(right.mean(), len(right)), len(right), "test inputs"]}
-    if world.rank:
-        return None
-    digest = hashlib.sha256(split.gather(examples[:1000])[0].tobytes()).hexdigest()
-    np.savez(output / "right.npz", row=rows, right=right, data=digest)
-    if votes:
-        write_json(output / "submission.json", votes.submission())
-    if args.save_preds:
-        inputs, labels, ids = split.gather(scores.examples)
-        np.savez(output / "predictions.npz", inputs=inputs, labels=labels, puzzle_identifiers=ids, preds=scores.preds, q_halt_logits=scores.q)
-    curve = scores.history.mean(0).tolist() if effort.rollouts == 1 and not effort.augment else []
-    if args.steps and curve:
-        draw_curve(output / "steps.png", curve, len(scores.right))
-    if args.show:
-        draw_examples(cfg, output / "show.png", split, scores, args.show)
-    return {"metrics": metrics, "intervals": intervals, "part": part, "exact_acc_by_step": curve, "about": about,
-            "effort": effort._asdict(), "data": [str(d) for d in split.dirs], "identity": split.identity}
 
 
 def push(name, path, cfg, state, results):

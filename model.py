@@ -149,10 +149,11 @@ SCORE_MODS = {"none": lambda cfg: None, "sudoku": sudoku_score_mod}  # put your 
 def attend(q, k, v, score_mod=None):
     """softmax(score_mod(q k / sqrt(head_dim))) v for q, k, v of (B, H, L, head_dim).
 
-    FlexAttention on CUDA. Elsewhere, where it has no backward (torch 2.13), scaled_dot_product_attention,
-    or plain products when a score_mod must see the scores. A mask is a score_mod that returns -inf.
+    FlexAttention where it is fused and can train: compiled on CUDA (on a CPU it has no backward in torch 2.13).
+    Elsewhere scaled_dot_product_attention, or plain products when a score_mod must see the scores. A mask is a
+    score_mod that returns -inf.
     """
-    if q.is_cuda:
+    if q.is_cuda and torch.compiler.is_compiling():
         return flex_attention(q, k, v, score_mod=score_mod)
     if score_mod is None:
         return F.scaled_dot_product_attention(q, k, v)
@@ -414,12 +415,13 @@ class CheckpointError(UserError):
 
 def save_file(path, content):
     """torch.save that is all or nothing: temporary file, fsync, rename. The sha256 of the bytes stands at the
-    end as the comment of the zip archive, so that plain torch.load reads the file too."""
+    end as the comment of the zip archive, so that plain torch.load reads the file too. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
     try:
-        torch.save(content, tmp)
+        with open(tmp, "wb") as f:
+            torch.save(content, f)
         digest = sha256(tmp).encode()
         with open(tmp, "r+b") as f:
             f.seek(-2, os.SEEK_END)     # the last two bytes of a zip archive are the length of its comment
@@ -427,6 +429,8 @@ def save_file(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except RuntimeError as e:   # torch's zip writer trips over a full disk, and hides what it was
+        raise e.__context__ if isinstance(e.__context__, OSError) else e
     finally:
         tmp.unlink(missing_ok=True)
 

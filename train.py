@@ -54,7 +54,7 @@ SHAPES = {"mini": (8, 36, 1, 1000, 1.0), "sudoku": (11, 81, 1, 1000, 1.0), "sudo
           "maze": (6, 900, 1, 1000, 1.0), "arc1": (12, 900, 876_406, 960, 4.1458), "arc2": (12, 900, 1_191_730, 1280, 4.0)}
 SHAPE_KEYS = ("vocab_size", "seq_len", "num_puzzle_identifiers", "total_groups", "mean_puzzle_examples")
 LIMIT_REACHED = 1   # why a run stops: this, or the number of a signal
-MATTERS = ("preset", "global_batch_size", "seed", "eval_interval", "optimizer")  # with the Config: cannot change on resume
+MATTERS = ("preset", "global_batch_size", "seed", "eval_interval")  # with the Config: cannot change on resume
 OF_THE_MACHINE = ("resume", "plot", "bench", "max_steps", "max_minutes", "device", "dist_timeout")  # not kept in a checkpoint
 COUNTERS = ("step", "logged_step", "best", "train_s", "logged_s", "eval_due")  # of a Run, as they are in a checkpoint
 
@@ -87,6 +87,7 @@ def parser(suppress=False):
     flag(g, "--data-test", None, "folders for the test split (default: as --data)", nargs="+", metavar="DIR")
     flag(g, "--seq-len", None, "windows of latent episodes (default: the longest)", type=int)
     flag(g, "--seed", 0, "of weights, data order and exploration")
+    flag(g, "--init", None, "start from its weights; for other puzzles, its mean row", metavar="CKPT")
     g = p.add_argument_group("model")
     flag(g, "--mixer", "attn", "mixes positions", choices=["attn", "mlp"])
     flag(g, "--pos-encodings", "rope", "for attn", choices=["rope", "learned", "none"])
@@ -110,10 +111,7 @@ def parser(suppress=False):
     flag(g, "--grad-accum", 1, "parts of a rank's batch, one after another")
     flag(g, "--epochs", 1, "passes over the groups")
     flag(g, "--eval-interval", 1, "epochs between evaluations")
-    flag(g, "--optimizer", "adamatan2", "muon: for the block matrices", choices=["adamatan2", "muon"])
     flag(g, "--lr", 2e-4, "learning rate")
-    flag(g, "--muon-lr", 0.02, "of muon's matrices")
-    flag(g, "--muon-weight-decay", 0.005, "likewise")
     flag(g, "--puzzle-emb-lr", 1e-2, "of the puzzle table's SignSGD")
     flag(g, "--weight-decay", 0.1, "per step: lr * this")
     flag(g, "--puzzle-emb-weight-decay", 0.1, "likewise")
@@ -176,7 +174,7 @@ def settings(argv, world=scoring.World(0, 1, torch.device("cpu"))):
 def check(args, world):
     """What the flags must satisfy together. Raises UserError."""
     for name in ("global_batch_size", "grad_accum", "epochs", "eval_interval", "log_interval", "num_layers", "H_cycles", "L_cycles",
-                 "halt_max_steps", "max_steps", "checkpoint_interval", "keep_last", "eval_limit"):
+                 "halt_max_steps", "seq_len", "max_steps", "checkpoint_interval", "keep_last", "eval_limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is below 1; use 1 or more")
     G, parts = args.global_batch_size, world.size * args.grad_accum
@@ -257,47 +255,13 @@ class AdamATan2:
         self.m, self.v = torch.zeros(size, device=device), torch.zeros(size, device=device)
         self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
 
-    def step(self, p, grad, lr, t, end=None):
-        """Update p[:end] in place from its gradient; t counts from 1."""
-        p, grad, m, v = p[:end], grad[:end], self.m[:end], self.v[:end]
+    def step(self, p, grad, lr, t):
+        """Update p in place from its gradient; t counts from 1."""
         p.mul_(1 - lr * self.weight_decay)
-        m.lerp_(grad, 1 - self.beta1)
-        v.lerp_(grad.square(), 1 - self.beta2)
-        denominator = v.sqrt().div_(math.sqrt(1 - self.beta2 ** t))
-        p.add_(torch.atan2(m, denominator), alpha=-lr / (1 - self.beta1 ** t))
-
-
-def orthogonalize(g, steps=5):
-    """Push the singular values of matrices (K, m, n) towards 1 by the quintic Newton-Schulz iteration of Muon
-    (Jordan et al. 2024, kellerjordan.github.io/posts/muon); coefficients from there."""
-    x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    wide = x if x.shape[-2] <= x.shape[-1] else x.mT
-    for _ in range(steps):
-        gram = wide @ wide.mT
-        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
-    return wide if x.shape[-2] <= x.shape[-1] else wide.mT
-
-
-class Muon:
-    """Momentum whose update is orthogonalised, for the matrices of the blocks; equal shapes go as one batch.
-    `momentum` is a flat buffer that holds the state."""
-
-    def __init__(self, flat, momentum, weight_decay):
-        self.weight_decay = weight_decay
-        groups = {}
-        for name, p in flat.params.items():
-            if name.startswith("blocks."):
-                groups.setdefault(p.shape, []).append((p, flat.views(flat.grad)[name], flat.views(momentum)[name]))
-        self.groups = [tuple(zip(*members)) for members in groups.values()]
-
-    def step(self, lr, mu=0.95):
-        for params, grads, buffers in self.groups:
-            torch._foreach_lerp_(buffers, grads, 1 - mu)
-            nesterov = torch._foreach_lerp(grads, buffers, mu)
-            m, n = params[0].shape
-            update = orthogonalize(torch.stack(nesterov)) * max(1, m / n) ** 0.5
-            torch._foreach_mul_([p.data for p in params], 1 - lr * self.weight_decay)
-            torch._foreach_add_([p.data for p in params], update.unbind(), alpha=-lr)
+        self.m.lerp_(grad, 1 - self.beta1)
+        self.v.lerp_(grad.square(), 1 - self.beta2)
+        denominator = self.v.sqrt().div_(math.sqrt(1 - self.beta2 ** t))
+        p.add_(torch.atan2(self.m, denominator), alpha=-lr / (1 - self.beta1 ** t))
 
 
 def sign_sgd(table, ids, grads, lr, weight_decay):
@@ -326,7 +290,6 @@ class Run:
             self.model.requires_grad_(False)
         self.flat = Flat(self.model)
         self.adam = AdamATan2(len(self.flat.data), world.device, args.beta1, args.beta2, args.weight_decay)
-        self.muon = Muon(self.flat, self.adam.m, args.muon_weight_decay) if args.optimizer == "muon" else None
         self.ema = self.flat.data.clone() if args.ema else None
         self.rows = args.global_batch_size // world.size            # of this rank
         part = self.rows // args.grad_accum
@@ -428,12 +391,12 @@ def checkpoint_folder(run_dir):
 def find_run(given):
     """(checkpoint, its file, notes) that the flags given ask to go on with; (None, None, []) for a new run.
 
-    A process that torchrun started again (--max-restarts) goes on with what its job had begun. Raises UserError."""
-    resume, run_dir = given.get("resume"), given.get("run_dir")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    Started again by torchrun (--max-restarts), it goes on with what its job had begun. Raises UserError."""
+    resume, run_dir, job = given.get("resume"), given.get("run_dir"), os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if job != "none" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":   # an id is new with every torchrun
         named = [Path(p).parent if Path(p).is_file() else p for p in (run_dir, resume) if p]
         for folder in run_folders(*named, *Path("runs").glob("*")):
-            if last_start(folder).get("job") == os.environ["TORCHELASTIC_RUN_ID"] and checkpoints(checkpoint_folder(folder)):
+            if last_start(folder).get("job") == job and checkpoints(checkpoint_folder(folder)):
                 return find_checkpoint(folder)
     if resume == "newest":
         preset = given.get("preset", "mini")
@@ -469,7 +432,7 @@ def find_checkpoint(path):
 def about_data(split, test):
     """What a checkpoint says of its data. data_sha256: of the sizes and a hundred examples, to know the data again."""
     some = np.linspace(0, len(split) - 1, 100).astype(np.int64)
-    digest = hashlib.sha256(json.dumps([len(split), len(split.puzzle_indices), len(split.group_indices)]).encode())
+    digest = hashlib.sha256(json.dumps([len(split), sorted(split.meta.items())], default=str).encode())
     for array in split.gather(some):
         digest.update(array.tobytes())
     return {"identity": split.identity, "recipe": split.recipe, "data_sha256": digest.hexdigest(),
@@ -505,9 +468,9 @@ def save(run, log, is_best=False):
             upto = checkpoints(folder)
             for old in upto[upto.index(path):][args.keep_last or len(upto):]:
                 old.unlink()
-        except (OSError, RuntimeError) as e:   # torch reports a full disk as a RuntimeError of its zip writer
+        except OSError as e:
             failed = True
-            log.say(f"saving {path} failed ({str(e).splitlines()[0][:150]}); the older checkpoints are untouched")
+            log.say(f"saving {path} failed ({e.strerror or e}); the older checkpoints are untouched")
     if run.world.agree(int(failed)) and args.on_save_error == "stop":
         raise UserError(f"no checkpoint at step {run.step}: make room in {folder} and --resume, or use --on-save-error continue")
 
@@ -592,8 +555,9 @@ def read_log(path):
 def plot(run_dirs, out):
     """Loss and whole-puzzle accuracy over steps, training and validation, of one or several runs; a PNG."""
     from matplotlib.figure import Figure   # half a second: only where it is needed
-    fig = Figure(figsize=(12, 5), dpi=100, layout="constrained")
-    axes = dict(zip(("loss", "score"), fig.subplots(1, 2)))
+    from matplotlib.ticker import LogFormatter
+    fig = Figure(figsize=(12, 5), dpi=100)
+    axes = dict(zip(("loss", "score"), fig.subplots(1, 2, gridspec_kw=dict(left=0.06, right=0.98, bottom=0.11, top=0.92, wspace=0.15))))
     for i, run_dir in enumerate(run_dirs):
         records = read_log(Path(run_dir) / "log.jsonl")
         if not any(r["event"] in ("train", "val") for r in records):
@@ -609,6 +573,8 @@ def plot(run_dirs, out):
                                  label=label if len(run_dirs) == 1 else f"{Path(run_dir).name}: {label}", **style)
             axes[panel].set(xlabel="training step", ylabel=key, title=key)
     axes["loss"].set_yscale("log")
+    axes["loss"].yaxis.set_major_formatter(LogFormatter())
+    axes["loss"].yaxis.set_minor_formatter(LogFormatter())   # 1.2, not 1.2 x 10^0
     axes["score"].set_ylim(-0.02, 1.02)
     for ax in axes.values():
         ax.grid(alpha=0.3)
@@ -627,12 +593,16 @@ def git_hash():
 # ---------------------------------------------------------------------------------------------
 # The loop and what it calls
 
+def iterations(args):
+    """How often a run evaluates."""
+    return -(-args.epochs // args.eval_interval)
+
+
 def stream(split, args, world, cursor, step):
     """Yield (Batch on the CPU, cursor after it) for this rank, from a cursor on to the end of the run."""
     rows = args.global_batch_size // world.size
     mine = slice(world.rank * rows, (world.rank + 1) * rows)
-    iterations = -(-args.epochs // args.eval_interval)
-    while cursor.iteration <= iterations:
+    while cursor.iteration <= iterations(args):
         epochs = min(args.eval_interval, args.epochs - (cursor.iteration - 1) * args.eval_interval)
         for examples, puzzles, cursor in training_order(split, args.seed, epochs, args.global_batch_size, cursor):
             step += 1
@@ -665,19 +635,17 @@ def update(run, factor):
         run.world.sum(flat.grad)
         if args.grad_clip:
             flat.grad.mul_((args.grad_clip / flat.grad.norm().clamp(min=1e-12)).clamp(max=1))
-        run.adam.step(flat.data, flat.grad, args.lr * factor, t, flat.starts["blocks.0.mix_in"] if run.muon else None)
-        if run.muon:
-            run.muon.step(args.muon_lr * factor)
-        run.note(flat.grad.sum())
+        run.adam.step(flat.data, flat.grad, args.lr * factor, t)
+        run.note(flat.grad.sum() + flat.data.sum())
         flat.grad.zero_()
     if run.ema is not None:
         decay = min(args.ema, (1 + t) / (10 + t)) if args.ema_warmup else args.ema
         run.ema.lerp_(flat.data, 1 - decay)
     ids = torch.cat([c.puzzle_ids for c in run.carries])
     grads = torch.cat([d.grad for d in run.deltas])
-    rows = run.world.gather(torch.cat((grads, ids.view(-1, 1).view(torch.float32)), dim=1))   # ids ride along as bits
+    rows = run.world.gather(torch.cat((grads, ids[:, None].float()), dim=1))   # exact below 2 ** 24 puzzles
     run.note(rows[:, :-1].sum())
-    sign_sgd(run.model.puzzle_emb, rows[:, -1].view(torch.int32), rows[:, :-1], args.puzzle_emb_lr * factor,
+    sign_sgd(run.model.puzzle_emb, rows[:, -1], rows[:, :-1], args.puzzle_emb_lr * factor,
              args.puzzle_emb_weight_decay)
     for d in run.deltas:
         d.grad.zero_()
@@ -689,8 +657,8 @@ def train_metrics(run):
     totals = run.world.sum(run.sums.clone()).tolist()
     bad = run.world.agree(int(run.nan_step))
     if bad:
-        raise UserError(f"the loss or its gradient is not finite at step {bad}; the last good checkpoint is kept: lower --lr and "
-                        f"--resume")
+        raise UserError(f"the loss, a gradient or a weight is not finite at step {bad}; the last good checkpoint is kept: lower "
+                        f"--lr and --resume")
     rows = max(1, run.step - run.logged_step) * run.args.global_batch_size
     names = metric_names(run.cfg)
     count = totals[0]
@@ -701,34 +669,31 @@ def train_metrics(run):
     return metrics
 
 
-def evaluate(run, test):
-    """Score the test split with the averaged weights."""
+def evaluate(run, test, limit):
+    """val/... of the test split, by the averaged weights. Raises UserError, which lists the names, for an unknown --monitor."""
     run.with_ema()
     run.model.eval()
-    results = scoring.evaluate(run.model, test, run.world, run.rows // run.args.grad_accum, limit=run.args.eval_limit)
+    results = scoring.evaluate(run.model, test, run.world, run.rows // run.args.grad_accum, limit=limit)
     run.model.train()
     run.with_ema()
-    return results
+    metrics = {f"val/{k}": v for k, v in results.items()}
+    if run.args.monitor not in metrics and run.args.monitor != "none":
+        raise UserError(f"--monitor {run.args.monitor} is not measured; choose one of {', '.join(metrics)}, none")
+    return metrics
 
 
-def log_evaluation(run, log, results, total_steps):
-    """Write the results as val/...; returns whether the monitored one is the best so far. Raises UserError that lists
-    the valid names."""
-    flat = {f"val/{k}": v for k, v in results.items() if isinstance(v, (int, float))}
-    log.write("val", run.step, epoch=run.epoch, **flat)
-    log.say(f"step {run.step}/{total_steps}: " + "  ".join(f"{k} {v:.4f}" for k, v in flat.items() if isinstance(v, float)))
-    name, sign = run.args.monitor, 1 if run.args.monitor_mode == "max" else -1
-    if name == "none":
+def is_best(run, metrics):
+    """Whether the monitored one is better than ever before."""
+    if run.args.monitor == "none":
         return False
-    if name not in flat:
-        raise UserError(f"--monitor {name} is not measured; choose one of {', '.join(flat)}, none")
-    best = run.best is None or sign * flat[name] > sign * run.best
-    run.best = flat[name] if best else run.best
+    value, sign = metrics[run.args.monitor], 1 if run.args.monitor_mode == "max" else -1
+    best = run.best is None or sign * value > sign * run.best
+    run.best = value if best else run.best
     return best
 
 
 def sanity_checks(run, splits, log):
-    """First batch of every split and one forward and backward, before hours are spent. Raises UserError."""
+    """First batch of every split, a forward and a backward, an evaluation, before hours are spent. Raises UserError."""
     rows = run.rows // run.args.grad_accum
     for split in reversed(splits):   # the training batch comes last, and is used below
         for line in split.check():
@@ -752,6 +717,7 @@ def sanity_checks(run, splits, log):
             f"loss {loss.item() / rows:.4f}, gradient norm {norm:.4f}")
     run.flat.grad.zero_()
     run.deltas[0].grad.zero_()
+    log.say(f"checked an evaluation: {', '.join(evaluate(run, splits[1], limit=1))}")
 
 
 class Stopped(Exception):
@@ -788,13 +754,13 @@ def must_stop(run, stopper, started):
 
 
 def train(run, split, test, log, total_steps):
-    """The loop: step, log, save, evaluate, stop. Returns (last results or None, what stopped it)."""
+    """The loop: step, log, save, evaluate, stop. Returns (the last val/... or None, what stopped it)."""
     args, world = run.args, run.world
-    started, tick, results, reason = time.time(), time.perf_counter(), None, 0
+    started, tick, outcome, reason = time.time(), time.perf_counter(), None, 0
     bar = tqdm(total=total_steps, initial=run.step, disable=world.rank > 0, unit="step", dynamic_ncols=True)
     with StopSignal() as stopper, bar:
         if run.eval_due:   # it was stopped while it evaluated
-            results = evaluate_and_save(run, test, log, total_steps, stopper)
+            outcome = evaluate_and_save(run, test, log, total_steps, stopper)
         for batch, cursor in prefetch(stream(split, args, world, run.cursor, run.step)):
             if run.step >= min(total_steps, args.max_steps or total_steps):
                 break
@@ -822,22 +788,24 @@ def train(run, split, test, log, total_steps):
             if reason > LIMIT_REACHED:
                 break
             if run.eval_due:
-                results = evaluate_and_save(run, test, log, total_steps, stopper)
+                outcome = evaluate_and_save(run, test, log, total_steps, stopper)
             if reason:
                 break
             tick = time.perf_counter()
-    return results, reason
+    return outcome, reason
 
 
 def evaluate_and_save(run, test, log, total_steps, stopper):
     """Evaluate, and save again, now with the outcome. All was saved before: a signal need not wait for the end."""
     stopper.at_once = True
-    results = evaluate(run, test)
+    metrics = evaluate(run, test, run.args.eval_limit)
     stopper.at_once = run.eval_due = False
-    save(run, log, log_evaluation(run, log, results, total_steps))
+    log.write("val", run.step, epoch=run.epoch, **metrics)
+    log.say(f"step {run.step}/{total_steps}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float)))
+    save(run, log, is_best(run, metrics))
     if run.world.rank == 0:
         draw(log, plot, [run.args.run_dir], Path(run.args.checkpoint_path) / "train_vs_val.png")
-    return results
+    return metrics
 
 
 def draw(log, picture, *args):
@@ -880,11 +848,14 @@ def estimate_without_gpu(args, cfg, meta, device):
 
 
 def synthetic_batch(cfg, rows):
-    """A Batch of random tokens in the shapes of a Config."""
+    """A Batch of random tokens or numbers in the shapes of a Config."""
     g = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, cfg.vocab_size, (2, rows, cfg.seq_len), dtype=torch.int32, generator=g)
+    if cfg.regression:
+        question, answer = (torch.randn(rows, cfg.seq_len, dim, generator=g) for dim in (cfg.input_dim, cfg.target_dim))
+    else:
+        question, answer = torch.randint(1, cfg.vocab_size, (2, rows, cfg.seq_len), dtype=torch.int32, generator=g)
     ids = torch.randint(cfg.num_puzzles, (rows,), dtype=torch.int32, generator=g)
-    return Batch(*tokens, ids, torch.zeros(rows, dtype=torch.int32))
+    return Batch(question, answer, ids, torch.zeros(rows, dtype=torch.int32))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1026,7 +997,8 @@ def prepare_run(args, checkpoint, notes, world):
     if checkpoint is None and checkpoints(args.checkpoint_path):
         raise UserError(f"{args.checkpoint_path} holds the checkpoints of a run; go on with --resume {args.checkpoint_path}, or name "
                         f"another --run-dir")
-    run = Run(args, cfg, world, checkpoint, meta["total_groups"] * meta["mean_puzzle_examples"])
+    start = checkpoint or (args.init and first_weights(args.init, cfg, data))
+    run = Run(args, cfg, world, start, meta["total_groups"] * meta["mean_puzzle_examples"])
     run.data = data
     log = Log(Path(args.run_dir), args, world.rank, checkpoint)
     for note in notes:
@@ -1051,6 +1023,16 @@ def prepare_run(args, checkpoint, notes, world):
     return run, *splits, log, total_steps
 
 
+def first_weights(path, cfg, data):
+    """{"model": state dict} of --init, of our checkpoints (average) or a published one. A table of other puzzles is
+    replaced by its mean row. Raises UserError."""
+    content = load_file(scoring.find_file(path))
+    state = scoring.read_model(content, asdict(cfg), cfg.seq_len, ema=True)[1]
+    if content.get("identity", data["identity"]) != data["identity"] or len(state["puzzle_emb"]) != cfg.num_puzzles:
+        state["puzzle_emb"] = state["puzzle_emb"].mean(0).repeat(cfg.num_puzzles, 1)
+    return {"model": state}
+
+
 def new_run_dir(preset):
     """Make a folder for a run; two that start in the same second get two."""
     name = f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -1073,7 +1055,7 @@ def main(argv=None):
         code = run_preset(*settings(argv, world), world)
     except (UserError, OSError):
         if int(os.environ.get("RANK", 0)):   # mostly all ranks have the same to say: rank 0 does, and torchrun ends the others
-            time.sleep(5)
+            time.sleep(2)
         raise
     world.close()
     return code
@@ -1095,32 +1077,34 @@ def run_preset(args, checkpoint, notes, world):
     began = time.time()
     try:
         try:
-            results, reason = train(run, split, test, log, total_steps)
+            metrics, reason = train(run, split, test, log, total_steps)
         except Stopped as e:
             reason = e.args[0]
         if reason > LIMIT_REACHED:
             log.say(f"stopped by {signal.Signals(reason).name} at step {run.step}; go on with --resume {args.run_dir}")
             return 128 + reason
-        finish(run, test, log, results or evaluate(run, test), time.time() - began)   # no results: resumed at its end
+        metrics = metrics or evaluate(run, test, args.eval_limit)   # none: it was resumed at its end
+        finished = run.step >= total_steps or run.cursor.iteration > iterations(args)   # not, where --max-steps stopped it
+        finish(run, test, log, {k.removeprefix("val/"): v for k, v in metrics.items()}, finished, time.time() - began)
     finally:
         log.close()
     return 0
 
 
-def finish(run, test, log, results, wall_s):
+def finish(run, test, log, results, finished, wall_s):
     """The curves, a picture of one puzzle for the small boards, and the RESULT line, which ends the log."""
     args = run.args
     if run.world.rank:
         return
     run.with_ema()
     run.model.eval()
-    pictures = [draw(log, plot, [args.run_dir], Path(args.checkpoint_path) / "train_vs_val.png")]
+    pictures = [Path(args.checkpoint_path) / "train_vs_val.png"]   # drawn at the last evaluation
     if args.preset == "mini" and not run.cfg.regression:
         pictures.append(draw(log, scoring.puzzle_picture, run.model, test, Path(args.run_dir) / "puzzle.png", run.rows))
     line = scoring.result_line(args.preset, results, run.step, run.train_s, run.world.device)
     log.say(f"wall time of training, evaluation and saving: {wall_s:.0f} s; pictures: {', '.join(map(str, pictures))}")
     log.say(line)
-    log.write("result", run.step, line=line, train_s=run.train_s, **results)
+    log.write("result", run.step, line=line, train_s=run.train_s, finished=finished, **results)
 
 
 def build_mini(path, world):

@@ -121,6 +121,7 @@ def child(rank, size, port, cwd, argv, event, number, output):
     file = os.open(f"{output}{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(file, 1), os.dup2(file, 2)
     torch.set_num_threads(1)
+    train.plot = lambda run_dirs, out: out   # a second each: tests/test_train.py draws
     if event is not None:
         count_events(at(event, lambda: os.kill(os.getpid(), number)))
     elif number:

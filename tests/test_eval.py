@@ -383,7 +383,7 @@ def results_file(folder, right, data="d"):
 def test_compare(tmp_path, capsys):
     a = results_file(tmp_path / "a", [1] * 50 + [0] * 50)
     b = results_file(tmp_path / "b", [1] * 48 + [0] * 2 + [1] * 12 + [0] * 38)
-    assert scoring.main(["--compare", a, b]) == 0
+    assert not scoring.main(["--compare", a, b])
     printed = capsys.readouterr().out
     z = 0.10 / (0.55 * 0.45 * 2 / 100) ** 0.5
     assert f"z = {z:.3f}, one-sided p = {NormalDist().cdf(-z):.4g}" in printed, printed

@@ -12,13 +12,12 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import eval as scoring
-from data import Split, write_dataset
-from model import from_published, to_published
+from data import Split, UserError, write_dataset
+from model import to_published
 from test_eval import ALONE, TINY, boards, model_of, save_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,11 +27,15 @@ COMMIT = "1234567890abcdef1234567890abcdef12345678"
 class Hub(ThreadingHTTPServer):
     """files: {repo: {path: bytes}}. cut: number of downloads of weights that break off half way."""
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Answer)
+    def __init__(self, port):
+        super().__init__(("127.0.0.1", port), Answer)
         self.files, self.blobs, self.log, self.cut = {}, {}, [], 0
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -95,6 +98,8 @@ class Answer(BaseHTTPRequestHandler):
         hub.log.append(f"POST {path}")
         if self.headers.get("Authorization") != "Bearer hf_test":
             return self.reply(401, {"error": "Invalid credentials"})
+        if path == "/api/validate-yaml":    # of the model card
+            return self.reply(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
             name = json.loads(body)
             repo = f"{name.get('organization', 'me')}/{name['name']}"
@@ -123,11 +128,44 @@ class Answer(BaseHTTPRequestHandler):
         self.reply(200)
 
 
+WORKER = """
+import json, os, sys
+import eval, huggingface_hub
+from data import cli
+print("ready", flush=True)
+for line in sys.stdin:
+    cwd, flags = json.loads(line)
+    if not os.fork():
+        os.chdir(cwd)
+        for name, fd in (("out", 1), ("err", 2)):
+            os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), fd)
+        cli(lambda: eval.main(flags))
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    """A process that runs eval.py's command lines in children: the client reads HF_ENDPOINT when it is imported, and
+    importing torch takes longer than all the rest. Nobody answers at its endpoint but while there is a `hub`."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path_factory.mktemp("home")),
+           "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test", "OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1"}
+    process = subprocess.Popen([sys.executable, "-c", WORKER], cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.port = port
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.stdin.close()
+    process.wait(60)
+
+
 @pytest.fixture
-def hub():
-    server = Hub()
+def hub(worker):
+    server = Hub(worker.port)
     yield server
-    server.shutdown()
+    server.close()
 
 
 CFG = replace(TINY, puzzle_emb_len=16, halt_max_steps=16)
@@ -144,84 +182,78 @@ def weights(tmp_path_factory):
     return folder / "boards", model, (folder / "step_10").read_bytes()
 
 
-def run_eval(cwd, url, *flags, code=0):
-    """eval.py as a process (the client reads HF_ENDPOINT when it is imported): what it printed, or its error line."""
-    env = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(cwd / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test",
-           "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "no_proxy": "127.0.0.1"}
-    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), *FLAGS, *flags], cwd=cwd, env=env, capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == (code == 2) and "Traceback" not in done.stderr, done.stderr
-    return errors[0] if errors else done.stdout
+def run_eval(worker, cwd, *flags, code=0):
+    """What eval.py printed, or its error line when it must fail."""
+    worker.stdin.write(json.dumps([str(cwd), [*FLAGS, *flags]]) + "\n")
+    worker.stdin.flush()
+    found = int(worker.stdout.readline())
+    out, err = (cwd / "out").read_text(), (cwd / "err").read_text()
+    assert found == code, out + err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == (code == 2) and "Traceback" not in err, err
+    return errors[0] if errors else out
 
 
-def test_download_finds_the_file_and_scores_it(tmp_path, hub, weights):
+def test_download_finds_the_file_and_never_uses_half_of_it(tmp_path, worker, hub, weights):
     data, model, content = weights
-    hub.files["alphaXiv/trm-model-sudoku"] = {"README.md": b"#", ".gitattributes": b"", "all_config.yaml":
-                                              b"arch:\n  H_cycles: 1\n  L_cycles: 1\n  num_heads: 2\n", "step_32550_sudoku_epoch50k": content}
-    hub.cut = 1
-    out = run_eval(tmp_path, hub.url, "--hf", "alphaXiv/trm-model-sudoku", "--data", str(data))
-    results = json.loads((tmp_path / "runs/eval-trm-model-sudoku/results.json").read_text())
+    config = b"arch:\n  H_cycles: 1\n  L_cycles: 1\n  num_heads: 2\n"
+    hub.files["me/net"] = {"README.md": b"#", ".gitattributes": b"", "all_config.yaml": config, "step_32550_sudoku": content}
+    flags = ["--hf", "me/net", "--data", str(data)]
+    hub.cut = 1000      # every download breaks off
+    error = run_eval(worker, tmp_path, *flags, code=2)
+    assert "cannot download from me/net" in error and "put it at data/weights/me/net/step_32550_sudoku" in error
+    assert not (tmp_path / "data/weights/me/net/step_32550_sudoku").exists()
+    hub.cut, hub.log = 1, []
+    out = run_eval(worker, tmp_path, *flags)
+    assert sum(line.startswith("GET /me/net/resolve/") and "step_32550" in line for line in hub.log) >= 2, hub.log
+    results = json.loads((tmp_path / "runs/eval-net/results.json").read_text())
     expected = scoring.evaluate(model, Split(data, "test"), ALONE, 8, progress=False)
-    assert results["metrics"] == pytest.approx(expected, rel=1e-5) and "step_32550_sudoku_epoch50k" in out
-    assert any("Range" in line or "bytes=" in line for line in hub.log), hub.log     # what broke off was resumed
-    hub.shutdown()
-    hub.server_close()
-    again = run_eval(tmp_path, hub.url, "--hf", "alphaXiv/trm-model-sudoku", "--data", str(data))    # without the network
-    assert "exact_acc" in again
+    assert results["metrics"] == pytest.approx(expected, rel=1e-5) and "step_32550_sudoku" in out
+    hub.close()
+    assert "exact_acc" in run_eval(worker, tmp_path, *flags)      # without the network: the file is there
 
 
-def test_a_broken_download_is_never_used(tmp_path, hub, weights):
-    data, _, content = weights
-    hub.files["me/net"] = {"step_10": content}
-    hub.cut = 1000
-    flags = ["--hf", "me/net", "--data", str(data), "--H-cycles", "1", "--L-cycles", "1", "--num-heads", "2"]
-    assert "cannot download from me/net" in run_eval(tmp_path, hub.url, *flags, code=2)
-    assert not (tmp_path / "data/weights/me/net/step_10").exists()
-    hub.cut = 0
-    run_eval(tmp_path, hub.url, *flags)
-
-
-def test_no_network_says_which_file_goes_where(tmp_path, weights):
+def test_no_network_says_which_file_goes_where(tmp_path, worker, weights):
     data, model, content = weights
-    with socket.socket() as s:      # a port that nobody listens on
-        s.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{s.getsockname()[1]}"
-    error = run_eval(tmp_path, url, "--hf", "alphaXiv/trm-model-maze/maze_hard_step_32550", code=2)
+    error = run_eval(worker, tmp_path, "--hf", "alphaXiv/trm-model-maze/maze_hard_step_32550", code=2)
     assert "fetch maze_hard_step_32550 from https://huggingface.co/alphaXiv/trm-model-maze and put it at " \
            "data/weights/alphaXiv/trm-model-maze/maze_hard_step_32550" in error
     folder = tmp_path / "data/weights/me/net"
     folder.mkdir(parents=True)
-    (folder / "step_10").write_bytes(content)
+    (folder / "step_10").write_bytes(content)       # put there by hand
     flags = ["--data", str(data), "--H-cycles", "1", "--L-cycles", "1", "--num-heads", "2"]
-    assert "exact_acc" in run_eval(tmp_path, url, "--hf", "me/net", *flags)
+    assert "exact_acc" in run_eval(worker, tmp_path, "--hf", "me/net", *flags)
     (folder / "step_10").write_bytes(content[:1000])
-    assert "step_10 cannot be read as a checkpoint" in run_eval(tmp_path, url, "--hf", "me/net", *flags, code=2)
+    with pytest.raises(UserError, match="step_10 cannot be read as a checkpoint"):
+        scoring.main(["--checkpoint", str(folder / "step_10"), *flags])
 
 
-def test_several_files_are_listed(tmp_path, hub, weights):
+def test_several_files_are_listed(tmp_path, worker, hub, weights):
     hub.files["arcprize/verification"] = {"a/step_1": weights[2], "b/step_2": weights[2], "readme.txt": b""}
-    error = run_eval(tmp_path, hub.url, "--hf", "arcprize/verification", code=2)
+    error = run_eval(worker, tmp_path, "--hf", "arcprize/verification", code=2)
     assert "2 checkpoint files; choose one: --hf arcprize/verification/a/step_1, --hf arcprize/verification/b/step_2" in error
-    assert "no file c; choose one" in run_eval(tmp_path, hub.url, "--hf", "arcprize/verification/c", code=2)
+    assert scoring.pick_file("o/r", ["a/step_1", "b/step_2", "README.md"], "b/step_2") == "b/step_2"
+    assert scoring.pick_file("o/r", ["README.md", "all_config.yaml", "LICENSE", ".gitattributes", "maze_hard_step_3"], "") \
+        == "maze_hard_step_3"
+    with pytest.raises(UserError, match="no file c; choose one: --hf o/r/step_1"):
+        scoring.pick_file("o/r", ["step_1"], "c")
 
 
-def test_push_and_back(tmp_path, hub, weights):
+def test_push_and_back(tmp_path, worker, hub, weights):
     data, model, _ = weights
     run = save_run(tmp_path / "run", Split(data, "test"), model)
-    out = run_eval(tmp_path, hub.url, "--checkpoint", str(run), "--push", "me/mini-trm")
+    out = run_eval(worker, tmp_path, "--checkpoint", str(run), "--push", "me/mini-trm")
     assert "pushed to me/mini-trm" in out
     files = hub.files["me/mini-trm"]
     assert files.keys() == {"step_00000010", "config.json", "results.json", "README.md"}
     exact = json.loads(files["results.json"])["metrics"]["exact_acc"]
     assert f"{exact:.4f}" in files["README.md"].decode() and "--hf me/mini-trm" in files["README.md"].decode()
-    back = run_eval(tmp_path, hub.url, "--hf", "me/mini-trm", "--data", str(data))
+    back = run_eval(worker, tmp_path, "--hf", "me/mini-trm", "--data", str(data))
     assert f"{exact:.4f}" in back
     theirs, mine = (json.loads((p / "results.json").read_text())["metrics"] for p in (tmp_path / "runs/eval-mini-trm", run))
     assert theirs == pytest.approx(mine, rel=1e-6)
-    denied = run_eval(tmp_path, hub.url.replace("127.0.0.1", "localhost"), "--checkpoint", str(run), "--push", "bad name", code=2)
-    assert "--push bad name" in denied and (run / "results.json").exists()
+    with pytest.raises(UserError, match="--push bad name: .* the result is kept in results.json"):
+        scoring.push("bad name", run / "step_10.ckpt", CFG, model.state_dict(), json.loads((run / "results.json").read_text()))
 
 
 # ---------------------------------------------------------------------------------------------

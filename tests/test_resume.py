@@ -37,16 +37,21 @@ def whole(tmp_path_factory, boards):
     return run
 
 
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch):
+    monkeypatch.setattr(train, "plot", lambda run_dirs, out: out)   # a second each: tests/test_train.py draws
+
+
 def go(*argv):
     """train.main in this process."""
     return train.main([str(a) for a in argv])
 
 
-def kill_and_resume(tmp_path, boards, whole, dtype, ranks, event):
+def kill_and_resume(tmp_path, boards, whole, dtype, ranks, event, hooked=0):
     """Names of what differs from the undisturbed run, and where the run was when it died."""
     run_dir = tmp_path / f"killed-{dtype}-{ranks}-{event}"
     argv = flags(boards, run_dir, "--dtype", dtype, "--checkpoint-interval", 3)
-    codes, text = run_ranks(tmp_path, argv, ranks, (event, signal.SIGKILL), hooked=random.Random(str(event)).randrange(ranks))
+    codes, text = run_ranks(tmp_path, argv, ranks, (event, signal.SIGKILL), hooked)
     assert -signal.SIGKILL in codes and 0 not in codes, text
     died = len(log_of(run_dir)), sorted(p.name for p in run_dir.glob("*.ckpt*"))
     resume = ["--resume", str(run_dir)] if train.checkpoints(run_dir) else argv
@@ -58,10 +63,10 @@ def kill_and_resume(tmp_path, boards, whole, dtype, ranks, event):
 
 
 @pytest.mark.parametrize("dtype, ranks, event", [
-    ("float32", 1, ("after update", 8)), ("float32", 1, ("before replace", 7)), ("bfloat16", 1, ("after backward", 14)),
-    ("bfloat16", 1, ("before evaluate", 2)), ("float32", 2, ("after train_metrics", 5)), ("bfloat16", 2, ("after mirror", 1))])
+    ("float32", 1, ("after update", 8)), ("float32", 1, ("after mirror", 1)), ("bfloat16", 1, ("after backward", 14)),
+    ("bfloat16", 1, ("before evaluate", 2)), ("float32", 2, ("after train_metrics", 5)), ("bfloat16", 2, ("before backward", 12))])
 def test_killed_and_resumed_is_bit_identical(tmp_path, boards, whole, dtype, ranks, event):
-    different, died = kill_and_resume(tmp_path, boards, whole, dtype, ranks, event)
+    different, died = kill_and_resume(tmp_path, boards, whole, dtype, ranks, event, hooked=ranks - 1)
     assert not different, f"killed {event} with {died}: {different}"
 
 
@@ -76,31 +81,300 @@ def test_killed_anywhere_and_resumed_is_bit_identical(tmp_path, boards, whole, d
         assert not different, f"killed at event {event} of {n} with {died}: {different}"
 
 
-def test_killed_twice_and_with_compile(tmp_path, boards):
-    """A resumed run that is killed again, before it saved anything."""
+def test_killed_again_and_again(tmp_path, boards):
+    """Also before it saved anything new, and while it evaluates: what is still due is done after the resume."""
     argv = flags(boards, tmp_path / "a")
     assert go(*argv) == 0
     argv = flags(boards, tmp_path / "b")
-    for event in (("after update", 10), ("after update", 1), ("before evaluate", 1)):
+    for event in (("after update", 10), ("after update", 1), ("before evaluate", 2)):
         assert run_ranks(tmp_path, argv, 1, (event, signal.SIGKILL))[0] == [-9]
         argv = ["--resume", str(tmp_path / "b")]
     assert go(*argv) == 0
     assert not same_run(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("number, event, ranks", [
-    (signal.SIGTERM, ("before backward", 6), 1), (signal.SIGINT, ("after update", 6), 1), (signal.SIGTERM, ("before backward", 6), 2),
-    (signal.SIGTERM, ("after evaluate", 1), 1), (signal.SIGTERM, ("before save_file", 1), 1)])
-def test_preempted_run_saves_and_goes_on(tmp_path, boards, whole, number, event, ranks):
-    """Between two checkpoints and two log lines (step 6), or when all is saved and the evaluation would take long."""
-    argv = flags(boards, tmp_path / "run", "--checkpoint-interval", 3)
-    if event[0] == "after evaluate":    # while it evaluates, that is
-        ranks = Ranks(tmp_path, argv, 1, (("before evaluate", 1), signal.SIGTERM))
-    codes, text = run_ranks(tmp_path, argv, ranks, (event, number)) if isinstance(ranks, int) else (ranks.wait(), ranks.text())
-    assert set(codes) == {128 + number}, text
-    step = {"after evaluate": 8, "before save_file": 3}.get(event[0], 6)
-    assert f"stopped by {number.name} at step {step}" in text and last(tmp_path / "run")["step"] == step, text
+@pytest.mark.parametrize("number, event, ranks, step", [
+    (signal.SIGTERM, ("before backward", 6), 1, 6), (signal.SIGINT, ("after update", 6), 1, 6),
+    (signal.SIGTERM, ("before backward", 6), 2, 6), (signal.SIGTERM, ("before evaluate", 2), 1, 8),
+    (signal.SIGINT, ("before save_file", 3), 1, 8)])
+def test_preempted_run_saves_and_goes_on(tmp_path, boards, whole, number, event, ranks, step):
+    """Between two checkpoints and two log lines (step 6), while it evaluates (for the second time: the sanity checks do
+    so first), and while it saves just before."""
+    run_dir = tmp_path / "run"
+    codes, text = run_ranks(tmp_path, flags(boards, run_dir, "--checkpoint-interval", 3), ranks, (event, number))
+    assert codes == [128 + number] * ranks, text
+    assert f"stopped by {number.name} at step {step}" in text and last(run_dir)["step"] == step, text
+    codes, text = run_ranks(tmp_path, ["--resume", str(run_dir)], ranks)
+    assert codes == [0] * ranks and not same_run(whole("float32", ranks)[0], run_dir), text
+    assert steps_of(run_dir, "val") == [8, 17] and steps_of(run_dir, "train") == [4, 8, 12, 16, 17]
+
+
+def test_one_rank_resumes_two_and_back(tmp_path, boards, whole):
+    """The carry is dealt again by slots of the global batch: the same rows, and the run of one rank but for rounding."""
+    run_dir = tmp_path / "run"
+    for ranks, steps in ((1, 5), (2, 11), (1, 99)):
+        argv = flags(boards, run_dir, "--checkpoint-interval", 3) if steps == 5 else ["--resume", str(run_dir)]
+        codes, text = run_ranks(tmp_path, [*argv, "--max-steps", str(steps)], ranks)
+        assert codes == [0] * ranks, text
+    assert_close(last(run_dir), last(whole()[0]))
+    kept = [[r for r in log_of(d, "train") if r["step"] != 12] for d in (run_dir, whole()[0])]   # 5 and 11 end no log interval
+    for ours, theirs in zip(*kept):
+        assert abs(ours["train/loss"] - theirs["train/loss"]) < 1e-5, (ours, theirs)
+
+
+def assert_close(a, b, places=1e-4):
+    """Two checkpoints of the same steps: equal rows in every slot, equal tables, weights and states but for rounding."""
+    assert a["step"] == b["step"] and a["cursor"] == b["cursor"]
+    for name, x, y in zip(train.Carry._fields, a["carry"], b["carry"]):
+        assert torch.equal(x, y) if not x.is_floating_point() else (x - y).abs().max() < places, f"carry.{name}: {unlike(x, y)}"
+    for name, x in a["model"].items():
+        assert (x - b["model"][name]).abs().max() < places, f"{name}: {unlike(x, b['model'][name])}"
+    assert torch.equal(a["model"]["puzzle_emb"], b["model"]["puzzle_emb"])
+
+
+@pytest.mark.parametrize("ranks, parts, then_ranks, then_parts", [(1, 4, 2, 1), (2, 2, 1, 2), (2, 4, 2, 1)])
+def test_carry_is_in_global_slot_order(tmp_path, boards, whole, ranks, parts, then_ranks, then_parts):
+    """With any number of ranks and of parts, before and after a resume: --grad-accum may change, too."""
+    run_dir = tmp_path / "run"
+    codes, text = run_ranks(tmp_path, flags(boards, run_dir, "--grad-accum", parts, "--max-steps", 9), ranks)
+    assert codes == [0] * ranks, text
+    saved = train.load_file(whole()[0] / "step_00000009.ckpt")
+    assert len(saved["carry"][4].unique(dim=0)) == 8, "the slots must differ for this test to mean anything"
+    assert_close(last(run_dir), saved)
+    codes, text = run_ranks(tmp_path, ["--resume", str(run_dir), "--grad-accum", str(then_parts)], then_ranks)
+    assert codes == [0] * then_ranks, text
+    assert_close(last(run_dir), last(whole()[0]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+@pytest.fixture
+def stopped(tmp_path, boards, whole):
+    """A copy of the undisturbed run with what it had at step 12."""
+    run_dir = tmp_path / "stopped"
+    shutil.copytree(whole()[0], run_dir)
+    for file in ("step_00000015.ckpt", "step_00000017.ckpt", "best.ckpt"):
+        (run_dir / file).unlink()
+    (run_dir / "latest.txt").write_text("step_00000012.ckpt\n")
+    return run_dir
+
+
+def altered(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [altered, truncated, emptied, Path.unlink])
+def test_damaged_newest_is_named_and_the_one_before_is_used(stopped, whole, damage, capsys):
+    damage(stopped / "step_00000012.ckpt")
+    assert go("--resume", stopped) == 0
+    out = capsys.readouterr().out
+    assert "at step 9" in out and ("step_00000012.ckpt" in out) == (damage is not Path.unlink), out
+    assert not same_run(whole()[0], stopped)
+
+
+def test_no_good_checkpoint_is_refused_by_name(stopped, tmp_path):
+    for path in train.checkpoints(stopped):
+        altered(path)
+    with pytest.raises(UserError, match="step_00000012.ckpt is damaged.*step_00000003.ckpt is damaged"):
+        go("--resume", stopped)
+    with pytest.raises(UserError, match="step_00000009.ckpt is damaged"):
+        go("--resume", stopped / "step_00000009.ckpt")
+    with pytest.raises(UserError, match="nothing.ckpt not found"):
+        go("--resume", stopped / "nothing.ckpt")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        go("--resume", tmp_path)
+    torch.save({"model.inner.H_init": torch.zeros(3)}, tmp_path / "published")
+    with pytest.raises(UserError, match="holds weights, but no state of training"):
+        go("--resume", tmp_path / "published")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_a_checkpoint_can_never_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.save_file(tmp_path / "a.ckpt", {"config": Evil()})
+    with pytest.raises(UserError, match="a.ckpt cannot be read as a checkpoint"):
+        train.load_file(tmp_path / "a.ckpt")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_every_altered_byte_and_every_length_is_refused(tmp_path):
+    """A small checkpoint, a bit turned at 300 places and cut at 100."""
+    path, bad = tmp_path / "a.ckpt", tmp_path / "bad.ckpt"
+    train.save_file(path, {"config": {"a": 1}, "w": torch.arange(20.0)})
+    good, rng = path.read_bytes(), random.Random(0)
+    assert torch.equal(torch.load(path, weights_only=True)["w"], torch.arange(20.0)), "plain torch.load reads it"
+    for i in sorted({*rng.sample(range(len(good)), 234), *range(len(good) - 66, len(good))}):
+        bad.write_bytes(good[:i] + bytes([good[i] ^ 1 << rng.randrange(8)]) + good[i + 1:])
+        with pytest.raises(train.CheckpointError, match="bad.ckpt"):
+            train.load_file(bad)
+            raise AssertionError(f"byte {i} of {len(good)} altered, and it loads")
+    for n in rng.sample(range(len(good)), 100):
+        bad.write_bytes(good[:n])
+        with pytest.raises(train.CheckpointError, match="bad.ckpt"):
+            train.load_file(bad)
+
+
+@pytest.mark.parametrize("reaction", ["stop", "continue"])
+def test_disk_full(stopped, whole, reaction, capsys):
+    """The limit of this process on the size of a file stands for the disk; no checkpoint fits, log lines do."""
+    before = {p.name: p.read_bytes() for p in stopped.glob("*.ckpt")}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        if reaction == "stop":
+            with pytest.raises(UserError, match=f"no checkpoint at step 15: make room in {stopped} and --resume"):
+                go("--resume", stopped)
+        else:
+            assert go("--resume", stopped, "--on-save-error", "continue") == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "step_00000015.ckpt failed (File too large)" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in stopped.glob("*.ckpt*")} == before, "older checkpoints as they were, no rest of a new one"
+    assert (stopped / "latest.txt").read_text() == "step_00000012.ckpt\n" and not list(stopped.glob("*.tmp"))
+    assert steps_of(stopped, "train")[-1] == (12 if reaction == "stop" else 17)
+    assert go("--resume", stopped) == 0 and not same_run(whole()[0], stopped)
+
+
+def test_full_disk_costs_whole_log_lines(tmp_path, capsys):
+    log = train.Log(tmp_path, train.settings([])[0], 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        for step in range(5):
+            log.write("train", step, loss=0.123)    # 46 bytes
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.write("train", 5, loss=0.123)
+    log.close()
+    assert [r["step"] for r in log_of(tmp_path)] == [0, 1, 5] and (tmp_path / "log.jsonl").read_bytes().count(b"\n") == 3
+    assert "log.jsonl lost a line of step 2" in capsys.readouterr().out
+
+
+def test_keep_last_and_best(tmp_path, boards):
+    """best.ckpt stays what it was when the checkpoint that it mirrors is dropped."""
+    argv = flags(boards, tmp_path, "--checkpoint-interval", 3, "--keep-last", 2, "--monitor", "val/lm_loss", "--monitor-mode", "max")
+    assert go(*argv) == 0
+    assert [p.name for p in train.checkpoints(tmp_path)] == ["step_00000017.ckpt", "step_00000015.ckpt"]
+    best, values = train.load_file(tmp_path / "best.ckpt"), [r["val/lm_loss"] for r in log_of(tmp_path, "val")]
+    assert best["step"] == 8 and best["best"] == max(values) == values[0] == last(tmp_path)["best"]
+    assert (tmp_path / "latest.txt").read_text() == "step_00000017.ckpt\n"
+
+
+def test_going_back_leaves_a_consistent_log_and_the_new_checkpoints(stopped, whole, capsys):
+    """Resumed from an older file: lines after it go, --keep-last does not take the old future for the newest."""
+    with open(stopped / "log.jsonl", "a") as f:
+        f.write('{"event": "train", "step": 99, "train/lo')     # torn by a crash
+    assert go("--resume", stopped / "step_00000006.ckpt", "--max-steps", 9, "--keep-last", 1) == 0
+    assert steps_of(stopped, "train") == [4, 8] and steps_of(stopped, "val") == [8, 9]
+    assert (stopped / "latest.txt").read_text() == "step_00000009.ckpt\n"
+    assert [p.name for p in train.checkpoints(stopped)] == ["step_00000012.ckpt", "step_00000009.ckpt"]
+    altered(stopped / "step_00000012.ckpt")     # of the old future: nobody asks for it
+    assert go("--resume", stopped) == 0
+    assert "resumed from" in capsys.readouterr().out
+    kept = [[r for r in log_of(d, "train", "val") if (r["event"], r["step"]) != ("val", 9)] for d in (stopped, whole()[0])]
+    assert not unlike(*kept)
+
+
+def test_best_checkpoint_resumes(tmp_path, whole):
+    shutil.copytree(whole()[0], tmp_path / "run")
+    assert train.load_file(tmp_path / "run/best.ckpt")["step"] == 8
+    assert go("--resume", tmp_path / "run/best.ckpt") == 0
+    assert not same_run(whole()[0], tmp_path / "run")
+
+
+def test_finished_run_is_scored_again_and_nothing_else(tmp_path, whole, capsys):
+    shutil.copytree(whole()[0], tmp_path / "run")
+    before = log_of(tmp_path / "run")
     assert go("--resume", tmp_path / "run") == 0
-    if ranks != 2:
-        assert not same_run(whole()[0], tmp_path / "run")
-    assert steps_of(tmp_path / "run", "val") == [8, 17] and steps_of(tmp_path / "run", "train") == [4, 8, 12, 16, 17]
+    after = log_of(tmp_path / "run")
+    assert not unlike([r for r in before if r["event"] != "start"], [r for r in after if r["event"] != "start"])
+
+
+def test_without_carry_rows_are_fresh(stopped, capsys):
+    content = train.load_file(stopped / "step_00000012.ckpt")
+    train.save_file(stopped / "step_00000012.ckpt", {**content, "carry": None})
+    assert go("--resume", stopped) == 0
+    assert "it holds no carry: every row begins a new puzzle" in capsys.readouterr().out and last(stopped)["step"] == 17
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+@pytest.mark.parametrize("flag, value, old", [
+    ("--H-cycles", 3, 2), ("--L-cycles", 2, 1), ("--hidden-size", 64, 32), ("--mixer", "attn", "mlp"), ("--loss", "softmax", "stablemax"),
+    ("--halt-max-steps", 8, 4), ("--dtype", "bfloat16", "float32"), ("--global-batch-size", 16, 8), ("--seed", 1, 0),
+    ("--eval-interval", 1, 2), ("--preset", "mini", "sudoku")])
+def test_a_changed_setting_that_matters_is_refused_by_name(whole, flag, value, old):
+    with pytest.raises(UserError, match=f"^{flag} {value} differs from the run's {old}; a run cannot change it"):
+        go("--resume", whole()[0], flag, value)
+
+
+def test_other_data_is_refused_and_moved_data_is_not(tmp_path, stopped, boards, whole, capsys):
+    for i, change in enumerate((dict(seed=1), dict(shift=1), dict(groups=21), dict(vocab_size=7))):
+        other = write_boards(tmp_path / f"other{i}", **change)
+        with pytest.raises(UserError, match=f"^--data {other} holds other puzzles than the run was trained on.*name its data .{boards}"):
+            go("--resume", stopped, "--data", other)
+    shutil.copytree(boards, tmp_path / "moved")
+    assert go("--resume", stopped, "--data", tmp_path / "moved") == 0
+    assert not same_run(whole()[0], stopped) or same_run(whole()[0], stopped) == [
+        f"/data[0]: {boards[:60]} != {str(tmp_path / 'moved')[:60]}", f"/data_test[0]: {boards[:60]} != {str(tmp_path / 'moved')[:60]}"]
+
+
+def test_a_harmless_change_is_taken_and_logged(stopped, capsys):
+    assert go("--resume", stopped, "--lr", 1e-3, "--epochs", 6, "--keep-last", 3, "--seed", 0) == 0
+    notes = log_of(stopped, "start")[-1]["notes"]
+    assert notes == [f"changed on resume: {c}" for c in ("epochs 4 -> 6", "keep_last None -> 3", "lr 0.003 -> 0.001")]
+    out = capsys.readouterr().out
+    assert all(note in out for note in notes), out
+    assert last(stopped)["settings"]["lr"] == log_of(stopped, "train")[-1]["train/lr"] == 1e-3 and last(stopped)["step"] == 26
+
+
+def test_where_a_run_is_found(tmp_path, boards, monkeypatch, capsys):
+    """--resume alone, a moved run, one with a --checkpoint-path, a branch; and a folder that holds a run already."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--resume: no run with a checkpoint in runs/sudoku-.*; name a run folder or a file"):
+        go("--preset", "sudoku", "--resume")
+    base = [f for f in flags(boards, "") if f not in ("--run-dir", "")]
+    for name in ("first", "second"):
+        assert go(*base, "--run-dir", f"runs/sudoku-{name}", "--checkpoint-path", f"elsewhere/{name}", "--max-steps", 3) == 0
+    with pytest.raises(UserError, match="elsewhere/second holds the checkpoints of a run; go on with --resume elsewhere/second"):
+        go(*base, "--checkpoint-path", "elsewhere/second")
+    assert go("--preset", "sudoku", "--resume", "--max-steps", 5) == 0
+    assert last("elsewhere/second")["step"] == 5 and last("elsewhere/first")["step"] == 3
+    assert len(log_of("runs/sudoku-second", "start")) == 2 and (tmp_path / "elsewhere/second/latest.txt").exists()
+    assert go("--resume", "runs/sudoku-first", "--run-dir", "runs/branch", "--max-steps", 5) == 0
+    assert last("runs/branch")["step"] == 5 and last("elsewhere/first")["step"] == 3 and len(log_of("runs/sudoku-first", "start")) == 1
+    shutil.move("runs/branch", "moved")
+    assert go("--resume", "moved", "--max-steps", 6) == 0
+    assert last("moved")["step"] == 6 and steps_of("moved", "start") == [3, 5] and not Path("runs/branch").exists()
+
+
+def test_torchrun_restart_finds_its_own_run(tmp_path, boards, monkeypatch):
+    """TORCHELASTIC_* as torchrun sets them; test_distributed.py does it for real."""
+    monkeypatch.chdir(tmp_path)
+    base = [f for f in flags(boards, "") if f not in ("--run-dir", "")]
+    for job, steps in (("mine", 3), ("other", 4)):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+        assert go(*base, "--max-steps", steps) == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    args, checkpoint, notes = train.settings([*base, "--max-steps", "9"])
+    assert checkpoint["step"] == 3 and args.resume.startswith("runs/") and args.max_steps == 9
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a new one that died before it saved")
+    assert train.settings(base)[1] is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")   # static rendezvous without an id: only a restart may look for it
+    assert train.settings(base)[1] is None

@@ -71,7 +71,7 @@ def test_no_graph_break_and_no_recompilation(unit, mixer, steps):
     assert len(halted) > 2, f"the test must see changing numbers of halted rows, saw {halted}"
 
 
-@pytest.mark.parametrize("flags, config", [((), {}), (("--optimizer", "muon", "--grad-clip", "1"), {}),
+@pytest.mark.parametrize("flags, config", [((), {}), (("--grad-clip", "1"), {}),
                                            (("--grad-accum", "2"), dict(q_continue=True, loss="softmax")),
                                            ((), dict(mixer="mlp", pos_encodings="none")),
                                            ((), dict(vocab_size=0, input_dim=3, target_dim=2))], ids=str)

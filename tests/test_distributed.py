@@ -1,0 +1,123 @@
+"""Two gloo ranks: the same as one process, under torchrun, and when one of them dies."""
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from runs import ROOT, Ranks, flags, last, log_of, run_ranks, same_run, steps_of, torchrun, write_boards
+
+# A training script that keeps what every rank was given and has at its end. Disturbed, rank 1 is killed at step 10 of its
+# first start, and torchrun gets a SIGTERM at step 16 of the second.
+SCRIPT = """
+import os, signal, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+import data, train
+train.plot = lambda run_dirs, out: out
+deed, rank, first = sys.argv.pop(1), int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+backward, loop, batches = train.backward, train.train, []
+
+def watched(run, batch):
+    batches.append(batch)
+    backward(run, batch)
+    if deed == "disturb" and (rank, run.step, first) == (1, 9, True):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if deed == "disturb" and (rank, run.step, first) == (0, 15, False):
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(1)     # until torchrun passes it on, which the loop would outrun
+
+def kept(run, *others):
+    result = loop(run, *others)
+    torch.save((run.model.puzzle_emb, [list(b) for b in batches]), f"kept{{rank}}.pt")
+    return result
+train.backward, train.train = watched, kept
+data.cli(train.main)
+"""
+
+
+@pytest.fixture(scope="session")
+def boards(tmp_path_factory):
+    return write_boards(tmp_path_factory.mktemp("data") / "boards")
+
+
+def under_torchrun(tmp_path, deed, *argv, launcher=()):
+    """(exit code, output, seconds) of two ranks that run SCRIPT in tmp_path."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    started = time.time()
+    process = torchrun(deed, *argv, launcher=launcher, script=script, cwd=tmp_path)
+    text = process.communicate(timeout=120)[0]
+    return process.returncode, text, time.time() - started
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory, boards):
+    """The folder of a run of 20 steps on two ranks that nothing disturbed."""
+    tmp = tmp_path_factory.mktemp("pair")
+    code, text, _ = under_torchrun(tmp, "nothing", *flags(boards, "run", *LONGER))
+    assert code == 0, text
+    return tmp
+
+
+LONGER = ["--epochs", 6, "--eval-interval", 3, "--max-steps", 20, "--log-interval", 1, "--checkpoint-interval", 7]
+
+
+def test_two_ranks_are_one_process(pair, tmp_path, boards, monkeypatch):
+    """Same batches, losses to 1e-5 over 20 steps, the same puzzle table on both ranks."""
+    batches, backward = [], train.backward
+    monkeypatch.setattr(train, "plot", lambda run_dirs, out: out)
+    monkeypatch.setattr(train, "backward", lambda run, batch: (batches.append(batch), backward(run, batch)))
+    assert train.main([str(a) for a in flags(boards, tmp_path, *LONGER)]) == 0
+    (table0, first), (table1, second) = (torch.load(pair / f"kept{rank}.pt") for rank in range(2))
+    assert len(first) == len(second) == len(batches) == 20
+    for one, a, b in zip(batches, first, second):
+        for whole, *halves in zip(one, a, b):
+            assert torch.equal(whole, torch.cat(halves))
+    assert torch.equal(table0, table1) and torch.equal(table0, last(tmp_path)["model"]["puzzle_emb"]) and table0.any()
+    assert steps_of(pair / "run", "train") == steps_of(tmp_path, "train") == list(range(1, 21))
+    for ours, theirs in zip(log_of(pair / "run", "train", "val"), log_of(tmp_path, "train", "val")):
+        assert ours.keys() == theirs.keys() and ours.get("train/count") == theirs.get("train/count")
+        for key in ("train/loss", "train/lm_loss", "train/q_halt_loss", "val/lm_loss", "val/exact_acc"):
+            assert key not in ours or abs(ours[key] - theirs[key]) < 1e-5, (ours["step"], key, ours[key], theirs[key])
+
+
+def test_torchrun_restarts_and_is_preempted(pair, tmp_path, boards):
+    """A rank is killed at step 10: torchrun starts both again, they go on with what this job had begun. Then torchrun gets a
+    SIGTERM: both finish the step, save and end. Resumed, the run ends bit for bit as if nothing had happened."""
+    argv = [a for a in flags(boards, "", *LONGER) if a not in ("--run-dir", "")]
+    code, text, seconds = under_torchrun(tmp_path, "disturb", *argv, launcher=["--max-restarts=1"])
+    run_dir, = (tmp_path / "runs").iterdir()
+    assert text.count("resumed from ") == 1 and "step_00000007.ckpt at step 7" in text, text
+    assert code != 0 and f"stopped by SIGTERM at step 16; go on with --resume runs/{run_dir.name}" in text and seconds < 90, text
+    assert last(run_dir)["step"] == 16 and "Traceback" not in text.partition("stopped by")[0]
+    codes, text = run_ranks(tmp_path, ["--resume", str(run_dir), "--max-steps", "20"], 2)
+    assert codes == [0, 0] and not same_run(pair / "run", run_dir), text
+    assert [r["step"] for r in log_of(run_dir, "start")] == [0, 7, 16]
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_one_line_under_torchrun(tmp_path, boards):
+    """Whatever torchrun itself writes about it."""
+    process = torchrun(*flags(boards, "run", "--eval-interval", "0"), cwd=tmp_path)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and text.count("error: --eval-interval 0 is below 1; use 1 or more\n") == 1, text
+    assert "train.py\", line" not in text and not list(tmp_path.rglob("*.ckpt")), text
+
+
+@pytest.mark.parametrize("number, limit", [(signal.SIGKILL, 600), (signal.SIGSTOP, 3)])
+def test_a_rank_that_dies_or_hangs_ends_the_other(tmp_path, boards, number, limit):
+    """Killed: at once. Hanging: after --dist-timeout. With one line that says so, and what was saved stays."""
+    started = time.time()
+    argv = flags(boards, "run", "--checkpoint-interval", 3, "--dist-timeout", limit)
+    ranks = Ranks(tmp_path, argv, 2, (("before update", 5), number), hooked=1)
+    ranks.processes[0].join(40)
+    codes, seconds = [p.exitcode for p in ranks.processes], time.time() - started
+    ranks.wait(0)
+    assert codes == [2, -signal.SIGKILL if number == signal.SIGKILL else None], ranks.text()
+    errors = [line for line in ranks.text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: another rank died or hangs (") and "Traceback" not in ranks.text(), ranks.text()
+    assert seconds < 30 and last(tmp_path / "run")["step"] == 3

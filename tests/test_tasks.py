@@ -1,0 +1,389 @@
+"""Your own grid task, numbers in place of tokens, latent episodes and joined folders: from files to a score."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import eval as scoring
+import own_task
+import train
+from runs import ROOT, log_of, write_boards
+
+TINY = ("--hidden-size 32 --puzzle-emb-ndim 32 --num-heads 2 --H-cycles 1 --L-cycles 2 --halt-max-steps 2 --ema 0.95 "
+        "--lr-warmup-steps 10 --weight-decay 0.1 --eval-interval 1000 --dtype float32 --no-compile --device cpu").split()
+ONE_LAYER = [*TINY, "--mixer", "attn", "--num-layers", "1"]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They take a second each, and other tests draw them."""
+    monkeypatch.setattr(train, "plot", lambda run_dirs, out: out)
+    monkeypatch.setattr(scoring, "puzzle_picture", lambda model, split, path, size: path)
+
+
+def linear(rng, n):
+    """inputs, targets, mask: every cell goes through one linear map, with noise of variance 0.0025; 3/4 are asked."""
+    x, w = rng.standard_normal((n, 4, 3)), np.random.default_rng(5).standard_normal((3, 2))
+    return x, x @ w + 0.05 * rng.standard_normal((n, 4, 2)), rng.random((n, 4)) < 0.75
+
+
+def write_linear(folder, n=640):
+    rng = np.random.default_rng(0)
+    data.write_dataset(folder, {"train": linear(rng, n), "test": linear(rng, n // 6)})
+
+
+def write_episodes(folder, train=60, test=10, metadata=lambda i: None):
+    """Points that turn by one radian a step, 5 to 14 latents each."""
+    rng, turn = np.random.default_rng(0), np.array([[np.cos(1), -np.sin(1)], [np.sin(1), np.cos(1)]])
+    for split, n in (("train", train), ("test", test)):
+        for name in ("latents", "metadata"):
+            (folder / split / name).mkdir(parents=True)
+        for i in range(n):
+            points = [rng.standard_normal(2)]
+            for _ in range(rng.integers(4, 14)):
+                points.append(turn @ points[-1])
+            np.savez(folder / split / "latents" / f"episode_{i:03}.npz", latents=np.array(points, np.float32))
+            if metadata(i) is not None:
+                data.write_json(folder / split / "metadata" / f"episode_{i:03}.json", metadata(i))
+
+
+def fit(folder, run, *flags):
+    """Train with a break and a resume, then score: the metrics of eval.py, which are those of train.py."""
+    flags = ["--data", str(folder), "--run-dir", str(run), *flags]
+    assert train.main([*flags, "--max-steps", "20", "--eval-limit", "8"]) == 0
+    assert train.main(["--resume", str(run), "--eval-limit", "1000"]) == 0
+    assert len(log_of(run, "val")) == 2 and log_of(run, "val")[0]["step"] == 20 and (run / "best.ckpt").exists()
+    assert scoring.main(["--checkpoint", str(run), "--device", "cpu"]) == 0
+    measured, seen = json.loads((run / "results.json").read_text())["metrics"], log_of(run, "val")[-1]
+    assert all(abs(seen[f"val/{name}"] - value) < 1e-4 for name, value in measured.items()), (seen, measured)
+    return measured
+
+
+def refused(*what):
+    """A pattern of a one-line message that holds these."""
+    return r"\A.*" + ".*".join(what) + r".*\Z"     # . is no newline
+
+
+# ---------------------------------------------------------------------------------------------
+# Each kind of task, from nothing to a stated error
+
+def test_own_task(tmp_path, capsys):
+    """Flooding, where each step wets the neighbours: a rule of four steps gets 56% of the boards."""
+    own_task.main([str(tmp_path / "flood")])
+    split = data.Split(tmp_path / "flood", "train")
+    inputs, labels, _ = (np.sort(a) for a in split.gather(np.arange(8)))
+    assert split.meta["total_groups"] == 1000 and (inputs == inputs[0]).all() and (labels == labels[0]).all(), "8 turns"
+    metrics = fit(tmp_path / "flood", tmp_path / "run", *TINY, "--epochs", "12", "--lr", "8e-3", "--L-cycles", "1")
+    assert metrics["exact_acc"] > 0.65 and metrics["cell_acc"] > 0.95, metrics     # 0.83 and 0.98 when this was written
+    out = capsys.readouterr().out
+    assert "flood/train: 8,000 examples, tokens inside 0..3" in out and "checked a forward and a backward" in out
+
+
+def test_own_task_is_as_short_as_promised():
+    code = Path(own_task.__file__).read_text().split('"""', 2)[2]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 30
+
+
+def test_noisy_linear_map(tmp_path, capsys):
+    write_linear(tmp_path / "linear")
+    metrics = fit(tmp_path / "linear", tmp_path / "run", *ONE_LAYER, "--epochs", "20", "--halt-tolerance", "0.02",
+                  "--monitor", "val/regression_loss", "--monitor-mode", "min")
+    assert metrics["regression_loss"] < 0.03 and metrics["mae"] < 0.15, metrics     # 0.008, and 3.5 for a constant
+    assert 0.5 < metrics["within_tolerance"] <= 1
+    out = capsys.readouterr().out
+    assert "linear/train: 640 examples, 4 x 3 finite float32 to 4 x 2, 1,9" in out and "RESULT" in out
+
+
+def test_rotating_latent(tmp_path, capsys):
+    """In windows of four, three targets are also inputs; copying those and guessing the fourth would leave 0.23."""
+    write_episodes(tmp_path / "spin")
+    metrics = fit(tmp_path / "spin", tmp_path / "run", *ONE_LAYER, "--pos-encodings", "rope", "--seq-len", "4",
+                  "--epochs", "60", "--puzzle-emb-lr", "0")
+    assert metrics["regression_loss"] < 0.05, metrics      # 0.011 when this was written
+    assert "spin/train: " in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------
+# Regression data
+
+def test_npz_beside_npy(tmp_path):
+    """An .npz stands for an absent .npy, with one array of the field's name or an unnamed one; .npy wins."""
+    write_linear(tmp_path / "d", 30)
+    split = data.Split(tmp_path / "d", "train")
+    expected, folder = split.gather(np.arange(30)), tmp_path / "d" / "train"
+    inputs, targets, mask = (folder / f"all__{name}.npy" for name in data.Numbers.fields)
+    np.savez(inputs.with_suffix(".npz"), other=0)                            # not looked at
+    np.savez_compressed(targets.with_suffix(".npz"), np.load(targets))
+    np.savez(mask.with_suffix(".npz"), target_mask=np.load(mask), notes=1)
+    targets.unlink(), mask.unlink()
+    for a, b in zip(data.Split(tmp_path / "d", "train").gather(np.arange(30)), expected):
+        np.testing.assert_array_equal(a, b)
+    assert (np.isnan(expected[1]).any(-1) == ~np.load(mask.with_suffix(".npz"))["target_mask"]).all()
+    inputs.unlink()
+    np.savez(inputs.with_suffix(".npz"), np.zeros(3), np.zeros(3))
+    with pytest.raises(data.UserError, match=refused("arr_0, arr_1", "an array named inputs, or a single unnamed one")):
+        data.Split(tmp_path / "d", "train")
+    inputs.with_suffix(".npz").write_bytes(b"PK")
+    with pytest.raises(data.UserError, match=refused("all__inputs.npz is damaged")):
+        data.Split(tmp_path / "d", "train")
+
+
+def test_padding_of_regression(tmp_path):
+    write_linear(tmp_path / "d", 30)
+    meta = json.loads((tmp_path / "d" / "train" / "dataset.json").read_text())
+    data.write_json(tmp_path / "d" / "train" / "dataset.json", {**meta, "input_pad_value": -7.5})
+    inputs, labels, ids = data.Split(tmp_path / "d", "train").gather(np.array([4, 2]), size=5)
+    assert inputs.shape == (5, 4, 3) and labels.shape == (5, 4, 2) and inputs.dtype == labels.dtype == np.float32
+    assert (inputs[2:] == -7.5).all() and np.isnan(labels[2:]).all() and not ids.any() and ids.dtype == np.int32
+
+
+def test_index_files_may_be_left_out(tmp_path):
+    write_linear(tmp_path / "d", 30)
+    for name in data.INDEX:
+        (tmp_path / "d" / "train" / f"all__{name}.npy").unlink()
+    (tmp_path / "d" / "identifiers.json").unlink()
+    split = data.Split(tmp_path / "d", "train")
+    assert split.names == ["<blank>"] and split.meta["total_groups"] == 30 and not split.puzzle_identifiers.any()
+
+
+def spoil(example, value):
+    def change(a):
+        a[example] = value
+        return a
+    return change
+
+
+BAD = {
+    "mask of the wrong shape": ("target_mask", lambda a: a[:, :3], r"all__target_mask is bool \(30, 3\), not bool \(30, 4\)"),
+    "mask of the wrong type": ("target_mask", lambda a: a.astype(np.uint8), "all__target_mask is uint8"),
+    "nothing asked": ("target_mask", lambda a: a & False, "all are false, nothing is asked"),
+    "NaN in targets": ("targets", spoil(17, np.nan), "train targets: NaN or infinity in example 17;"),
+    "infinite input": ("inputs", spoil((5, 1, 2), np.inf), "train inputs: NaN or infinity in example 5;"),
+    "another width": ("inputs", lambda a: a[..., :2], r"all__inputs is float32 \(30, 4, 2\), not float32 \(30, 4, 3\)"),
+    "integers": ("targets", lambda a: a.astype(int), "all__targets is int64"),
+    "fewer rows": ("targets", lambda a: a[:20], r"\(20, 4, 2\), not float32 \(30, 4, 2\)"),
+    "truncated": ("inputs", None, "all__inputs.npy is truncated"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_numbers_are_one_line(tmp_path, capsys, name):
+    field, change, words = BAD[name]
+    write_linear(tmp_path / "d", 30)
+    path = tmp_path / "d" / "train" / f"all__{field}.npy"
+    if change:
+        np.save(path, change(np.load(path)))
+    else:
+        path.write_bytes(path.read_bytes()[:-9])
+    ends_with_2(flags_for(tmp_path, tmp_path / "d"), capsys, words)
+
+
+def flags_for(tmp_path, *folders):
+    return [*ONE_LAYER, "--run-dir", str(tmp_path / "run"), "--global-batch-size", "2", "--data", *map(str, folders)]
+
+
+def ends_with_2(argv, capsys, words):
+    """train.py as a script: exit code 2 and one line on stderr, in which the pattern is."""
+    with pytest.raises(SystemExit) as stop:
+        data.cli(lambda: train.main(argv))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and re.search(words, err), err
+
+
+def test_write_dataset_refuses(tmp_path):
+    x, y, mask = linear(np.random.default_rng(0), 30)
+    for arrays, words in (((x, y, mask[:, :2]), "train/all__target_mask is bool"),
+                          ((x, y * np.nan, mask), "train targets: NaN"),
+                          ((x[:0], y[:0], mask[:0]), "not float32 with rows")):
+        with pytest.raises(data.UserError, match=refused(words)):
+            data.write_dataset(tmp_path / "d", {"train": arrays, "test": (x, y, mask)})
+    boards = np.ones((5, 9), np.uint8)
+    for arrays, words in (((boards, boards[:, :8]), r"train/all__labels is uint8 \(5, 8\), not integers \(5, 9\)"),
+                          ((boards, boards * 4), "train labels: tokens 4..4, but vocab_size is 4"),
+                          ((boards, boards / 2), "labels is float64")):
+        with pytest.raises(data.UserError, match=refused(words)):
+            data.write_dataset(tmp_path / "d", {"train": arrays, "test": (boards, boards)}, vocab_size=4)
+    assert not any(tmp_path.iterdir()), "nothing is left"
+
+
+# ---------------------------------------------------------------------------------------------
+# Episodes
+
+def test_episodes_as_examples(tmp_path):
+    """Against a plain loop: every window of every episode, its targets one step on, and what metadata say."""
+    about = {0: {"group": "a", "puzzle_identifier": 9}, 1: {"group": "b", "set": "x"}, 2: {"group": "a"}, 3: {},
+             4: {"group": "b"}}
+    write_episodes(tmp_path / "d", train=6, test=2, metadata=about.get)
+    order = [0, 2, 1, 3, 4, 5]                                # group a, then (x, b), and the others are alone
+    latents = [np.load(tmp_path / "d" / "train" / "latents" / f"episode_{i:03}.npz")["latents"] for i in order]
+    longest = max(len(np.load(f)["latents"]) - 1 for f in (tmp_path / "d").rglob("*.npz"))
+    for seq_len in (None, 3):
+        split = data.Split(tmp_path / "d", "train", seq_len=seq_len)
+        S = split.meta["seq_len"]
+        assert S == (seq_len or longest) and (split.meta["input_dim"], split.meta["target_dim"]) == (2, 2)
+        assert split.puzzle_identifiers.tolist() == [9, 2, 1, 3, 4, 5] and len(split.names) == 10
+        assert split.group_indices.tolist() == [0, 2, 3, 4, 5, 6], "two sets have two groups b"
+        windows = [(x[i:i + S], x[i + 1:i + S + 1], number) for number, x in enumerate(latents)
+                   for i in range(0, len(x) - 1, S)]
+        assert len(split) == len(windows)
+        shuffled = np.random.default_rng(0).permutation(len(windows))
+        for example, inputs, labels, puzzle in zip(shuffled, *split.gather(shuffled)[:2], split.puzzle_of(shuffled)):
+            question, answer, number = windows[example]
+            n = len(answer)
+            np.testing.assert_array_equal(inputs[:n], question[:n])
+            np.testing.assert_array_equal(labels[:n], answer)
+            assert np.isnan(labels[n:]).all() and (inputs[n:] == 0).all() and puzzle == number
+    assert data.Split(tmp_path / "d", "test").puzzle_identifiers.tolist() == [9, 6], "counting goes on in test"
+
+
+def test_ten_thousand_episodes(tmp_path):
+    """320 MB of latents: opening, checking and gathering take less than 200 MiB, and leave no file open."""
+    program = """
+import io, os, resource, sys
+from pathlib import Path
+import numpy as np
+import data
+folder, blobs = Path(sys.argv[1]) / "train" / "latents", []
+folder.mkdir(parents=True)
+for T in (84, 128, 172):
+    f = io.BytesIO()
+    np.savez_compressed(f, latents=np.full((T, 64), T, np.float32))
+    blobs.append(f.getvalue())
+for i in range(10_000):
+    (folder / f"episode_{i:03}.npz").write_bytes(blobs[i % 3])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+opened, real = [], data.zipfile.ZipFile
+class Counted(real):
+    def __init__(self, *args):
+        super().__init__(*args)
+        opened.append(1)
+        assert sum(opened) == 1, "one file at a time"
+    def close(self):
+        opened.append(-1) if self.fp else None
+        super().close()
+data.zipfile.ZipFile = Counted
+split = data.Split(sys.argv[1], "train")
+inputs, labels, ids = split.gather(np.arange(9_744, 10_000))
+assert len(split) == 10_000 and (inputs[0, 0] == 84).all() and (labels[2, 170] == 172).all(), "in order of number"
+print(split.check())
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    r = subprocess.run([sys.executable, "-c", program, tmp_path / "d"], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0 and float(r.stdout.splitlines()[-1]) < 200, r.stdout + r.stderr
+    assert "10,000 examples, 171 x 64 finite float32" in r.stdout
+
+
+def latents(*unnamed, **named):
+    return lambda d: np.savez(d / "train" / "latents" / "episode_002.npz", *unnamed, **named)
+
+
+def metadata(text):
+    return lambda d: (d / "train" / "metadata" / "episode_002.json").write_text(text)
+
+
+POINTS = np.zeros((5, 2))
+BAD_EPISODES = {
+    "another dim": (latents(latents=np.zeros((5, 3))), r"episode_002.npz has latents of shape \(5, 3\), not \(2 or more, 2\)"),
+    "too short": (latents(latents=POINTS[:1]), r"shape \(1, 2\)"),
+    "two unnamed arrays": (latents(POINTS, POINTS), "holds arr_0, arr_1; it needs an array named latents, or a single"),
+    "another name": (latents(hidden=POINTS), "holds hidden; it needs an array named latents"),
+    "NaN": (latents(latents=POINTS * np.nan), "episode_002.npz has NaN or infinite latents"),
+    "truncated": (lambda d: (d / "train" / "latents" / "episode_002.npz").write_bytes(b"PK\3\4"), "episode_002.npz is damaged"),
+    "no episodes": (lambda d: [f.unlink() for f in d.glob("train/latents/*")], "train/latents has no episode_XXX.npz"),
+    "torn metadata": (metadata("{"), "episode_002.json is not valid JSON"),
+    "identifier": (metadata('{"puzzle_identifier": "cat"}'), "puzzle_identifier 'cat'"),
+    "no test split": (lambda d: shutil.rmtree(d / "test"), "test/dataset.json not found"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EPISODES)
+def test_bad_episodes_are_one_line(tmp_path, capsys, name):
+    write_episodes(tmp_path / "d", 6, 2)
+    BAD_EPISODES[name][0](tmp_path / "d")
+    ends_with_2(flags_for(tmp_path, tmp_path / "d"), capsys, BAD_EPISODES[name][1])
+
+
+# ---------------------------------------------------------------------------------------------
+# Several folders
+
+def test_joined_folders(tmp_path):
+    """Identifiers are shifted past those of the folders before; blank stays 0; both splits agree on the rows."""
+    a, b, c = (write_boards(tmp_path / name, groups, seed, shift=100 * seed) for seed, (name, groups) in
+               enumerate((("a", 3), ("b", 4), ("c", 2))))
+    path = Path(b) / "train" / "all__puzzle_identifiers.npy"
+    np.save(path, np.where(np.load(path) == 2, 0, np.load(path)))
+    alone = [data.Split(d, "train") for d in (a, b, c)]
+    split = data.Split([a, b, c], "train")
+    n = [len(s.names) - 1 for s in alone]
+    own = [s.puzzle_identifiers for s in alone]
+    expected = np.concatenate([np.where(ids, ids + sum(n[:i]), 0) for i, ids in enumerate(own)])
+    assert (split.puzzle_identifiers == expected).all() and (expected == 0).sum() == 1 and expected.max() == sum(n)
+    assert split.meta["num_puzzle_identifiers"] == len(split.names) == 1 + sum(n)
+    assert split.names[1 + n[0]:1 + n[0] + n[1]] == alone[1].names[1:]
+    pick = np.random.default_rng(0).permutation(len(split))
+    inputs, labels, ids = split.gather(pick)
+    whole = [np.concatenate(x) for x in zip(*(s.gather(np.arange(len(s))) for s in alone))]
+    assert (inputs == whole[0][pick]).all() and (labels == whole[1][pick]).all()
+    assert (ids == expected[np.repeat(np.arange(len(expected)), np.diff(split.puzzle_indices))[pick]]).all()
+    assert split.meta["total_groups"] == 9 and len(split) == sum(map(len, alone))
+    examples, puzzles, _ = next(data.training_order(split, 0, 4, 16))
+    assert (split.puzzle_of(examples) == puzzles).all()
+
+    test = data.Split([a, b, c], "test", [c, b])
+    assert test.identity == split.identity and test.dirs == [Path(c), Path(b)]
+    own = [data.Split(d, "test").puzzle_identifiers for d in (c, b)]
+    assert test.puzzle_identifiers.tolist() == [*(own[0] + n[0] + n[1]), *(own[1] + n[0])]
+
+
+def test_folders_that_are_only_tested_on(tmp_path):
+    """Both splits have rows for them at the end, unless their identifiers.json is that of a trained one."""
+    folders = (("a", 0, 0), ("b", 1, 50), ("c", 2, 0))
+    a, b, c = (write_boards(tmp_path / name, 3, seed, shift=shift) for name, seed, shift in folders)
+    trained, test = (data.Split([a], split, [a, b]) for split in ("train", "test"))
+    assert trained.identity == test.identity and len(trained.names) == 13 and trained.puzzle_identifiers.max() == 6
+    assert test.puzzle_identifiers.tolist() == list(range(1, 13))
+    same = data.Split([a], "test", [c])
+    assert same.puzzle_identifiers.tolist() == list(range(1, 7)) and len(same.names) == 7
+    assert data.Split([a, a], "train").puzzle_identifiers.max() == 12, "twice the same folder"
+
+
+def test_train_and_eval_on_joined_folders(tmp_path, capsys):
+    a, b, c = (write_boards(tmp_path / name, 6, seed, shift=100 * seed) for seed, name in enumerate("abc"))
+    run = tmp_path / "run"
+    assert train.main([*flags_for(tmp_path, a, b), "--data-test", c, "--epochs", "4"]) == 0
+    assert log_of(run, "start")[0]["config"]["num_puzzles"] == 37
+    assert scoring.main(["--checkpoint", str(run), "--device", "cpu"]) == 0, "on c, whose rows the checkpoint knows"
+    assert log_of(run, "val")[-1]["val/n"] == 12
+    foreign = write_boards(tmp_path / "d", 5, 3, shift=300)
+    with pytest.raises(data.UserError, match=refused("the puzzles of .*d are not those the checkpoint was trained on")):
+        scoring.main(["--checkpoint", str(run), "--data", foreign, "--device", "cpu"])
+
+
+def test_folders_that_do_not_go_together(tmp_path, capsys):
+    a = write_boards(tmp_path / "a", 6)
+
+    def other(name, **more):
+        folder = Path(write_boards(tmp_path / name, 6))
+        for split in ("train", "test"):
+            path = folder / split / "dataset.json"
+            data.write_json(path, {**json.loads(path.read_text()), **more})
+        return str(folder)
+    write_linear(tmp_path / "linear", 30), write_episodes(tmp_path / "spin", 3, 2)
+    data.write_dataset(tmp_path / "short", {split: (np.ones((9, 9), np.uint8),) * 2 for split in ("train", "test")}, 6)
+    for folder, words in ((other("vocabulary", vocab_size=8), "vocabulary/SPLIT has vocab_size 8, .*a/train has 6;"),
+                          (other("padding", pad_id=5), "padding/SPLIT has pad_id 5, .* has 0;"),
+                          (tmp_path / "short", "short/SPLIT has seq_len 9, .* has 16;"),
+                          (tmp_path / "linear", "linear/SPLIT has vocab_size 0, .* has 6;"),
+                          (tmp_path / "nowhere", "nowhere not found")):
+        ends_with_2(flags_for(tmp_path, a, folder), capsys, words.replace("SPLIT", "train"))
+        ends_with_2([*flags_for(tmp_path, a), "--data-test", str(folder)], capsys, words.replace("SPLIT", "test"))
+    linear, spin = tmp_path / "linear", tmp_path / "spin"
+    ends_with_2([*flags_for(tmp_path, linear, spin), "--seq-len", "4"], capsys, "spin/train has input_dim 2, .* has 3")
+    ends_with_2([*flags_for(tmp_path, a), "--seq-len", "9"], capsys, "--seq-len 9 is for latent episodes; .*a has 16")
+    ends_with_2([*flags_for(tmp_path, spin), "--seq-len", "0"], capsys, "--seq-len 0 is below 1")

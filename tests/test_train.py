@@ -1,0 +1,319 @@
+"""The training loop: what it refuses, what it writes, its flags."""
+import json
+import math
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as scoring
+import train
+from data import UserError
+from runs import Ranks, flags, last, log_of, run_ranks, steps_of, unlike, write_boards
+
+plot = train.plot
+
+
+@pytest.fixture(scope="session")
+def boards(tmp_path_factory):
+    return write_boards(tmp_path_factory.mktemp("data") / "boards")
+
+
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch):
+    monkeypatch.setattr(train, "plot", lambda run_dirs, out: out)   # a second each: only where they are tested
+
+
+def go(*argv):
+    return train.main([str(a) for a in argv])
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory, boards):
+    """The folder of an ordinary run of 17 steps."""
+    run_dir = tmp_path_factory.mktemp("plain") / "run"
+    original, train.plot = train.plot, lambda run_dirs, out: out
+    assert go(*flags(boards, run_dir, "--log-interval", 1)) == 0
+    train.plot = original
+    return run_dir
+
+
+# ---------------------------------------------------------------------------------------------
+# What is refused: one line, exit code 2
+
+def test_one_line_and_exit_code_2(tmp_path, boards):
+    """For a user's error on all of two ranks as for a wrong flag, without a traceback; rank 1 waits, so that torchrun,
+    which ends it when rank 0 has ended, prints nothing twice."""
+    ranks = Ranks(tmp_path, flags(boards, tmp_path / "run", "--global-batch-size", 9), 2)
+    ranks.processes[0].join(60)
+    assert ranks.text(0) == "error: --global-batch-size 9 is not a multiple of 2 ranks; use 8 or 10\n"
+    assert not ranks.text(1) and ranks.wait() == [2, 2] and ranks.text(0) == ranks.text(1)
+    codes, text = run_ranks(tmp_path, ["--preset", "nope"])
+    assert codes == [2] and text.startswith("error: argument --preset: invalid choice: 'nope' (choose from ") and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--presset", "mini"], "unrecognized arguments: --presset mini; see --help"),
+    (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    (["--preset", "arc3"], "argument --preset: invalid choice: 'arc3'"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["--monitor-mode", "most"], "argument --monitor-mode: invalid choice"),
+    (["--global-batch-size", "0"], "--global-batch-size 0 is below 1; use 1 or more"),
+    (["--grad-accum", "0"], "--grad-accum 0 is below 1"),
+    (["--grad-accum", "3"], "--global-batch-size 8 is not a multiple of 1 ranks x 3 parts; use 6 or 9"),
+    (["--keep-last", "0"], "--keep-last 0 is below 1"),
+    (["--checkpoint-interval", "-5"], "--checkpoint-interval -5 is below 1"),
+    (["--mixer", "attn", "--num-heads", "3"], "--hidden-size 32 does not give 3 heads of even width; use a multiple of 6"),
+    (["--puzzle-emb-len", "0"], "--puzzle-emb-ndim 32 is wider than --puzzle-emb-len 0 x --hidden-size 32"),
+    (["--global-batch-size", "800"], "--epochs 4 of 20 groups do not fill one batch of --global-batch-size 800"),
+    (["--device", "cuda"], "--device cuda is not available here; use cpu"),
+    (["--wandb", "project"], "--wandb needs the package wandb; pip install wandb, or leave the flag out"),
+    (["--monitor", "val/accuracy"], "--monitor val/accuracy is not measured; choose one of val/exact_acc, val/cell_acc, "),
+    (["--data", "nowhere/sudoku"], "nowhere/sudoku not found; build it: python prepare/sudoku.py"),
+    (["--init", "nothing.ckpt"], "nothing.ckpt not found"),
+    (["--plot", "nowhere"], "nowhere/log.jsonl has no training lines to draw; name a run folder"),
+])
+def test_refused(tmp_path, boards, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot", plot)
+    monkeypatch.setitem(sys.modules, "wandb", None) if "--wandb" in argv else None
+    if torch.cuda.is_available() and "cuda" in argv:
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError) as e:
+        go(*flags(boards, tmp_path / "run"), *argv)
+    assert str(e.value).startswith(message) and "\n" not in str(e.value), e.value
+    assert not list(tmp_path.rglob("*.ckpt*"))
+
+
+@pytest.mark.parametrize("ranks, ok", [(3, False), (4, True), (7, False), (8, True)])
+def test_batch_must_divide_by_ranks(boards, ranks, ok):
+    args, world = train.settings(flags(boards, "run"))[0], scoring.World(0, ranks, torch.device("cpu"))
+    if ok:
+        return train.check(args, world)
+    with pytest.raises(UserError, match=f"--global-batch-size 8 is not a multiple of {ranks} ranks; use "):
+        train.check(args, world)
+
+
+def change(name, edit):
+    def damage(folder):
+        a = np.load(folder / f"train/all__{name}.npy")
+        np.save(folder / f"train/all__{name}.npy", edit(a))
+    return damage
+
+
+def without(field, split="train"):
+    def damage(folder):
+        meta = json.loads((folder / split / "dataset.json").read_text())
+        del meta[field]
+        (folder / split / "dataset.json").write_text(json.dumps(meta))
+    return damage
+
+
+def set_token(a):
+    a[-1, -1] = 6
+    return a
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda d: (d / "train/all__labels.npy").unlink(), ["all__labels.npy not found", "build the dataset again"]),
+    (lambda d: (d / "train/all__inputs.npy").write_bytes((d / "train/all__inputs.npy").read_bytes()[:-7]), ["train/all__inputs.npy", "truncated"]),
+    (lambda d: (d / "test/all__inputs.npy").write_bytes(b""), ["test/all__inputs.npy", "truncated"]),
+    (lambda d: (d / "train/dataset.json").write_text('{"vocab'), ["train/dataset.json", "not valid JSON"]),
+    (lambda d: (d / "identifiers.json").unlink(), ["identifiers.json not found"]),
+    (without("vocab_size"), ["train/dataset.json lacks vocab_size"]),
+    (without("total_groups", "test"), ["test/dataset.json lacks total_groups"]),
+    (change("inputs", set_token), ["train inputs: tokens", "6, but vocab_size is 6"]),
+    (change("labels", set_token), ["train labels: tokens", "6, but vocab_size is 6"]),
+    (change("labels", np.zeros_like), ["train", "all", "ignored"]),
+    (change("labels", lambda a: a[:-1]), ["train/all__labels", "(78, 16)", "(79, 16)"]),
+    (change("puzzle_indices", lambda a: a[::-1].copy()), ["all__puzzle_indices.npy does not rise from 0"]),
+    (change("puzzle_identifiers", lambda a: a + 1), ["all__puzzle_identifiers.npy", "41 rows"]),
+])
+def test_bad_dataset_is_refused(tmp_path, damage, words):
+    write_boards(tmp_path / "boards")
+    damage(tmp_path / "boards")
+    with pytest.raises(UserError) as e:
+        go(*flags(tmp_path / "boards", tmp_path / "run"))
+    assert all(w in str(e.value) for w in words) and "\n" not in str(e.value), e.value
+    assert not list(tmp_path.rglob("*.ckpt*"))
+
+
+def test_nan_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, boards):
+    """The weights overflow at step 6, whose loss is still finite; saving at every step keeps nothing of that."""
+    argv = flags(boards, tmp_path, "--checkpoint-interval", 1, "--log-interval", 1)
+    assert go(*argv, "--max-steps", 5) == 0
+    with pytest.raises(UserError, match=r"not finite at step 6; the last good checkpoint is kept: lower --lr and --resume") as e:
+        go("--resume", tmp_path, "--lr", 1e38)
+    good = last(tmp_path)
+    assert all(torch.isfinite(t).all() for t in good["model"].values()), f"step {good['step']} was saved, then: {e.value}"
+    assert go("--resume", tmp_path, "--lr", 1e-3) == 0 and last(tmp_path)["step"] == 17
+    assert all(math.isfinite(r["train/loss"]) for r in log_of(tmp_path, "train"))
+
+
+def test_nan_between_log_lines(tmp_path, boards, monkeypatch):
+    """A single NaN gradient at step 6 of 1 .. 8 is found at the log line of step 8, and its step is named."""
+    backward = train.backward
+
+    def poisoned(run, batch):
+        backward(run, batch)
+        if run.step + 1 == 6:
+            run.flat.grad[3] = math.nan
+    monkeypatch.setattr(train, "backward", poisoned)
+    with pytest.raises(UserError, match="not finite at step 6;"):
+        go(*flags(boards, tmp_path))
+    assert not train.checkpoints(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is written
+
+def test_sanity_checks_say_what_they_checked(tmp_path, boards, capsys):
+    assert go(*flags(boards, tmp_path / "a", "--max-steps", 1)) == 0
+    out = capsys.readouterr().out
+    for words in ("boards/train: 79 examples, tokens inside 0..5", "the first batch of test: inputs (8, 16) int32 in 1 .. 5, labels (8, 16) "
+                  "int32, 100% asked, puzzle rows 1 .. 8", "a forward and a backward: logits (8, 16, 6) float32, loss ", "gradient norm",
+                  "an evaluation: val/exact_acc, val/cell_acc"):
+        assert f"checked {words}" in out or words in out, (words, out)
+    assert go(*flags(boards, tmp_path / "b", "--max-steps", 1, "--skip-sanity-checks")) == 0
+    assert "checked" not in capsys.readouterr().out
+    assert not unlike(last(tmp_path / "a"), last(tmp_path / "b")), "the checks leave no trace in the run"
+
+
+def test_log_and_result(plain, boards):
+    records = log_of(plain)
+    start, result = records[0], records[-1]
+    assert start["event"] == "start" and start["settings"]["data"] == [boards] and start["total_steps"] == 19 and start["device"] == "cpu"
+    assert {"command", "git", "config", "torch", "ranks", "parameters", "parameters_with_puzzle_table"} <= start.keys()
+    assert start["parameters_with_puzzle_table"] - start["parameters"] == 41 * 32
+    assert result["event"] == "result" and result["finished"] and result["line"].startswith("RESULT preset=sudoku exact_acc=")
+    assert steps_of(plain, "train") == list(range(1, 18)) and steps_of(plain, "val") == [8, 17]
+    lines = log_of(plain, "train")
+    assert len({tuple(r) for r in lines}) == 1, "fixed keys"
+    assert {"train/lr", "train/loss", "train/lm_loss", "train/exact_acc", "train/cell_acc", "train/q_halt_acc", "train/count"} <= lines[0].keys()
+    assert lines[0]["train/exact_acc"] is None and lines[0]["train/count"] == 0, "no row halts in the first step"
+    assert abs(lines[7]["epoch"] - 8 * 8 / (20 * 79 / 40)) < 1e-9
+    for r in lines:
+        assert abs(r["train/loss"] - r["train/lm_loss"] - 0.5 * r["train/q_halt_loss"]) < 1e-6
+    best = max(r["val/exact_acc"] for r in log_of(plain, "val"))
+    assert train.load_file(plain / "best.ckpt")["best"] == best
+
+
+def test_log_interval_means_are_means(plain, tmp_path, boards):
+    assert go(*flags(boards, tmp_path / "run", "--log-interval", 5)) == 0
+    single = {r["step"]: r["train/lm_loss"] for r in log_of(plain, "train")}
+    for first, r in zip((1, 6, 9, 11, 16), log_of(tmp_path / "run", "train")):     # step 8 ends an iteration
+        expected = np.mean([single[s] for s in range(first, r["step"] + 1)])
+        assert abs(r["train/lm_loss"] - expected) < 1e-5, (r["step"], r["train/lm_loss"], expected)
+
+
+FAKE_WANDB = """
+import json
+class Run:
+    def log(self, values, step): open("calls", "a").write(json.dumps(["log", step, values]) + "\\n")
+    def finish(self): open("calls", "a").write('["finish"]\\n')
+def init(project, name, config, resume, id):
+    open("calls", "a").write(json.dumps(["init", project, name, config]) + "\\n")
+    return Run()
+"""
+
+
+def test_wandb_gets_the_same_values(tmp_path, boards, monkeypatch):
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert go(*flags(boards, "run", "--wandb", "a project", "--max-steps", 5)) == 0
+    monkeypatch.delitem(sys.modules, "wandb")
+    first, *values, end = map(json.loads, (tmp_path / "calls").read_text().splitlines())
+    assert first[:3] == ["init", "a project", "run"] and first[3]["lr"] == 3e-3 and end == ["finish"]
+    expected = [["log", r["step"], {k: v for k, v in r.items() if k not in ("event", "step")}] for r in log_of("run", "train", "val")]
+    assert values == expected and len(values) == 2
+
+
+def test_curves(tmp_path, plain, boards, monkeypatch, capsys):
+    """One run and several overlaid, alone and at the end of training; with a line torn by a crash."""
+    monkeypatch.setattr(train, "plot", plot)
+    assert go(*flags(boards, tmp_path / "run", "--checkpoint-path", tmp_path / "saved", "--max-steps", 5)) == 0
+    assert png_size(tmp_path / "saved/train_vs_val.png") == (1200, 500), "beside the checkpoints"
+    with open(tmp_path / "run/log.jsonl", "a") as f:
+        f.write('{"event": "train", "step": 6, "tr')
+    capsys.readouterr()
+    assert go("--plot", plain) == 0 and go("--plot", plain, tmp_path / "run") == 0
+    assert capsys.readouterr().out.split() == [str(plain / n) for n in ("train_vs_val.png", "comparison.png")]
+    assert png_size(plain / "train_vs_val.png") == png_size(plain / "comparison.png") == (1200, 500)
+    assert (plain / "comparison.png").read_bytes() != (plain / "train_vs_val.png").read_bytes()
+
+
+def png_size(path):
+    return struct.unpack(">II", path.read_bytes()[16:24])
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags that change how it trains
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_grad_accum_gives_the_same_losses(plain, tmp_path, boards, parts):
+    assert go(*flags(boards, tmp_path, "--log-interval", 1, "--grad-accum", parts)) == 0
+    for ours, theirs in zip(log_of(tmp_path, "train", "val"), log_of(plain, "train", "val")):
+        for key in ("train/loss", "train/lm_loss", "train/q_halt_loss", "val/lm_loss"):
+            assert key not in ours or abs(ours[key] - theirs[key]) < 1e-5, (ours["step"], key, ours[key], theirs[key])
+    assert len(last(tmp_path)["carry"][0]) == 8
+    assert torch.equal(last(tmp_path)["model"]["puzzle_emb"], last(plain)["model"]["puzzle_emb"])
+
+
+def test_freeze_weights_trains_the_table_only(tmp_path, boards, plain, monkeypatch):
+    """From the weights of a run, on other puzzles: no weight gets a gradient, rows in use move."""
+    other = write_boards(tmp_path / "other", shift=100, groups=10)
+    seen, update = [], train.update
+
+    def watched(run, factor):
+        seen.append((any(p.requires_grad for p in run.model.parameters()), int(run.flat.grad.count_nonzero()),
+                     all(d.grad.abs().sum() > 0 for d in run.deltas)))
+        update(run, factor)
+    monkeypatch.setattr(train, "update", watched)
+    before = last(plain)
+    assert go(*flags(other, tmp_path / "run", "--freeze-weights", "--init", plain, "--weight-decay", 1, "--max-steps", 4)) == 0
+    after = last(tmp_path / "run")
+    assert seen == [(False, 0, True)] * 4
+    for name, average in before["ema"].items():
+        assert torch.equal(after["model"][name], average), f"{name} moved, or is not the average of --init"
+    mean, table = before["model"]["puzzle_emb"].mean(0), after["model"]["puzzle_emb"]
+    moved = (table != mean).any(1)
+    assert table.shape == (21, 32) and 0 < moved.sum() < 21 and not moved[0], f"{moved.sum()} of 21 rows moved"
+    with pytest.raises(train.CheckpointError, match="the weights do not fit: .*embed_tokens is .6, 32., not .6, 64."):
+        go(*flags(boards, tmp_path / "wide", "--init", plain, "--hidden-size", 64))
+
+
+def test_init_from_the_same_puzzles_keeps_the_table(tmp_path, boards, plain):
+    args = train.settings(flags(boards, tmp_path))[0]
+    splits = [train.Split(boards, s) for s in ("train", "test")]
+    state = train.first_weights(plain, train.config_of(args, splits[0].meta), train.about_data(*splits))["model"]
+    assert torch.equal(state["puzzle_emb"], last(plain)["model"]["puzzle_emb"]) and state["puzzle_emb"].abs().max() > 0
+
+
+@pytest.mark.parametrize("limit, steps", [(("--max-steps", 6), 6), (("--max-minutes", 1e-9), 1)])
+def test_limits_end_with_evaluation_and_checkpoint(tmp_path, boards, limit, steps):
+    assert go(*flags(boards, tmp_path, *limit)) == 0
+    assert last(tmp_path)["step"] == steps and steps_of(tmp_path, "val") == [steps]
+    result = log_of(tmp_path)[-1]
+    assert result["event"] == "result" and f"steps={steps} " in result["line"] and not result["finished"]
+    assert go("--resume", tmp_path, *limit) == 0 and last(tmp_path)["step"] == (6 if steps == 6 else 2), "the limit holds after a resume"
+    assert go("--resume", tmp_path) == 0 and log_of(tmp_path)[-1]["finished"]
+
+
+@pytest.mark.parametrize("argv", [
+    ["--monitor", "none", "--ema-warmup"], ["--monitor", "val/lm_loss", "--monitor-mode", "min", "--ema", "0"],
+    ["--grad-clip", "0.1"], ["--q-continue", "--eval-limit", "5"]])
+def test_options_train_save_and_resume(tmp_path, boards, argv):
+    """Bit for bit, with whatever state an option brings."""
+    assert go(*flags(boards, tmp_path / "whole", *argv)) == 0
+    assert go(*flags(boards, tmp_path / "run", *argv, "--max-steps", 8)) == 0 and go("--resume", tmp_path / "run") == 0
+    assert not unlike(last(tmp_path / "whole"), last(tmp_path / "run"))
+    assert not unlike(log_of(tmp_path / "whole", "train", "val"), log_of(tmp_path / "run", "train", "val"))
+    assert (tmp_path / "run/best.ckpt").exists() == ("none" not in argv)
+    if "val/lm_loss" in argv:
+        assert last(tmp_path / "run")["best"] == min(r["val/lm_loss"] for r in log_of(tmp_path / "run", "val"))
+    if "--eval-limit" in argv:
+        assert log_of(tmp_path / "run", "val")[0]["val/n"] == 5
