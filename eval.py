@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from io import BytesIO
-from itertools import chain, repeat, zip_longest
+from itertools import repeat, zip_longest
 from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +29,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import DIHEDRAL_INVERSE, HelpFormatter, Split, UserError, cli, dihedral, prefetch, write_json
-from model import IGNORE, Batch, CheckpointError, Config, act_loss, build, compile_model, from_published, load_file, metric_names, \
-    regression_rows, save_file, to_published, token_rows
+from model import IGNORE, Batch, CheckpointError, Config, act_loss, build, compile_model, from_published, load_file, \
+    metric_names, regression_rows, save_file, to_published, token_rows
 from prepare import arc, maze, sudoku
 from prepare.arc import ORIGINAL, TO_TOKEN, crop, parse_name
 
@@ -41,8 +41,8 @@ def peers():
     try:
         yield
     except RuntimeError as e:
-        raise UserError(f"another rank died or hangs ({str(e).splitlines()[0][:150]}); look for its own message above, and start "
-                        f"again (train.py: with --resume)") from None
+        raise UserError(f"another rank died or hangs ({str(e).splitlines()[0][:150]}); look for its own message above, "
+                        f"and start again (train.py: with --resume)") from None
 
 
 @dataclass
@@ -147,19 +147,23 @@ class Scores(NamedTuple):
 
 def think(model, inputs, puzzle_ids, steps, noise=0.0, generator=None):
     """Yield (logits (B, S, V), q (B, 2)) after each of `steps` supervision steps; x is embedded once."""
+    def blur(h):
+        return h + noise * torch.randn(h.shape, generator=generator, device=h.device, dtype=h.dtype)
+
     with torch.no_grad():  # not inference_mode: training's compiled graphs are used again
         x = model.embed(inputs, model.puzzle_emb[puzzle_ids])                             # (B, L, D)
         y, z = (start.to(model.dtype).expand_as(x).contiguous() for start in (model.y0, model.z0))
-        for _ in range(steps):
-            if noise:
-                y, z = (h + noise * torch.randn(h.shape, generator=generator, device=h.device, dtype=h.dtype) for h in (y, z))
-            y, z = model.improve(x, y, z)
-            yield model.heads(y)
+    for _ in range(steps):
+        with torch.no_grad():  # left before every yield, for what runs meanwhile
+            y, z = model.improve(x, *((blur(y), blur(z)) if noise else (y, z)))
+            heads = model.heads(y)
+        yield heads
 
 
 def answer(cfg, logits):
     """Tokens (B, S) that the logits stand for; in regression the numbers (B, S, target_dim) as they are."""
-    return logits.float() if cfg.regression else logits.argmax(-1).to(torch.uint8 if cfg.vocab_size < 256 else torch.int32)
+    small = torch.uint8 if cfg.vocab_size < 256 else torch.int32
+    return logits.float() if cfg.regression else logits.argmax(-1).to(small)
 
 
 def thoughts(model, inputs, puzzle_ids, steps):
@@ -189,8 +193,10 @@ def score(model, split, world, batch_size, examples=None, effort=Effort(), progr
     examples = np.arange(len(split)) if examples is None else examples
     starts = range(world.rank * batch_size, len(examples), world.size * batch_size)
     mine = [examples[i:i + batch_size] for i in starts] or [examples[:0]]   # a rank without rows runs padding
-    bar = tqdm(total=sum(map(len, mine)), desc="evaluating", unit="row", leave=False, disable=not progress or world.rank > 0)
-    for rows, columns, logits in (run_halting if effort.halt is not None else run_full)(model, split, mine, batch_size, effort):
+    n, quiet = sum(map(len, mine)), world.rank > 0 or not progress
+    bar = tqdm(total=n, desc="evaluating", unit="row", leave=False, disable=quiet)
+    run = run_full if effort.halt is None else run_halting
+    for rows, columns, logits in run(model, split, mine, batch_size, effort):
         table = torch.stack([c.float() for c in columns], 1).cpu().numpy()[:len(rows)]
         preds = answer(cfg, logits).cpu().numpy()[:len(rows)] if keep_preds else np.zeros((len(rows), 0), np.uint8)
         asked = np.flatnonzero(table[:, 0])
@@ -302,7 +308,7 @@ def run_halting(model, split, batches, batch_size, effort):
 
 
 def with_effort(model, inputs, ids, effort, seed, logits, q):
-    """(logits, q) of a plain pass to those of effort.rollouts tries or effort.augment copies; seed: of what is random."""
+    """(logits, q) of a plain pass to those of effort.rollouts tries or effort.augment copies. seed: of the noise."""
     if effort.augment:
         return vote_over_symmetries(model, inputs, ids, effort, np.random.RandomState(seed), logits, q)
     generator = torch.Generator(q.device).manual_seed(seed)
@@ -335,27 +341,29 @@ def vote_over_symmetries(model, inputs, ids, effort, rng, logits, q):
         back = cells.argsort(1)[..., None].expand_as(other)
         tries.append(other.gather(1, back).gather(2, relabel[:, None].expand_as(other)))
         halts.append(other_q)
-    boards, sure = torch.stack([t.argmax(-1) for t in tries]), torch.stack(halts)[..., 0].sigmoid()   # (K, B, S), (K, B)
-    rank = []
+    tries, halts = torch.stack(tries), torch.stack(halts)                                 # (K, B, S, V), (K, B, 2)
+    boards, sure, rank = tries.argmax(-1), halts[..., 0].sigmoid(), []
     for board in boards:
-        same = (boards == board).all(-1)
+        same = (boards == board).all(-1)                                                  # (K, B)
         votes = same.sum(0)
-        rank.append(votes + (same * sure).sum(0) / votes * 0.5)
-    best = torch.stack(rank).argmax(0).tolist()
-    return (torch.stack([tries[k][i] for i, k in enumerate(best)]), torch.stack([halts[k][i] for i, k in enumerate(best)]))
+        rank.append(votes + 0.5 * (same * sure).sum(0) / votes)
+    best = torch.stack(rank).argmax(0)                                                    # (B,), the first of equals
+    each = torch.arange(len(best), device=best.device)
+    return tries[best, each], halts[best, each]
 
 
 # ---------------------------------------------------------------------------------------------
 # ARC voting
 
 PASS_K = (1, 2, 5, 10, 100, 1000)
-CHUNK = 8192                                     # rows undone at once: more do not fit the cache
+CHUNK = 8192    # rows undone at once: more do not fit the cache
 
 
 def test_puzzles(split):
     """test_puzzles.json of the split's folders, {id: {"train": ..., "test": [{input, output}]}}; None: not ARC."""
     files = [d / "test_puzzles.json" for d in split.dirs]
-    return {k: v for f in files for k, v in json.loads(f.read_text()).items()} if all(f.exists() for f in files) else None
+    if all(f.exists() for f in files):
+        return {k: v for f in files for k, v in json.loads(f.read_text()).items()}
 
 
 def grid_key(grid):
@@ -394,49 +402,40 @@ class ArcVotes:
     """
 
     def __init__(self, test_puzzles, identifiers, partial=False):
-        self.identifiers, self.partial = identifiers, partial
+        self.identifiers, self.partial = identifiers, partial    # partial: puzzles without any votes do not count
         self.tasks, self.tests = {}, {}          # (id, input): number; id: [(number, right output)] per test input
         for name, puzzle in test_puzzles.items():
             for e in puzzle["test"]:             # equal inputs of a puzzle share their votes
                 task = self.tasks.setdefault((name, grid_key(e["input"])), len(self.tasks))
                 self.tests.setdefault(name, []).append((task, grid_key(e["output"])))
-        self.waiting, self.row, self.q = [], [], []      # per batch
-        self.task, self.grid, self.grids = [], [], {}    # per vote: test input, candidate; all candidates in order
+        self.row, self.q, self.task, self.grid = [], [], [], []     # per vote; grid: a place in grids
+        self.grids = {}
 
     def add(self, inputs, preds, q_halt, identifiers, rows):
-        """One batch of arrays: (B, 900) tokens twice, (B,) logits, (B,) rows of the puzzle table, 0 for padding.
+        """One batch of arrays: (B, 900) tokens twice, (B,) logits, (B,) rows of the puzzle table, 0 for padding, (B,)
+        places in the test split (of equal candidates that of the first row wins).
 
-        rows: (B,) their places in the test split (of equal candidates that of the first row wins).
         Raises UserError when a row belongs to no test input.
         """
         real = np.flatnonzero(identifiers)
-        self.waiting.append((inputs[real].astype(np.uint8), preds[real].astype(np.uint8), identifiers[real]))
-        self.row.append(rows[real])
-        self.q.append(np.exp(-np.logaddexp(0, -q_halt[real].astype(np.float64))))
-        if sum(len(batch[2]) for batch in self.waiting) >= CHUNK:
-            self.count()
-
-    def count(self):
-        """Turn the rows that wait into votes."""
-        inputs, preds, identifiers = map(np.concatenate, zip(*self.waiting))
-        self.waiting = []
-        if not len(identifiers):
+        if not len(real):
             return
-        names, t, colours = zip(*(parse_name(self.identifiers[i]) for i in identifiers.tolist()))
+        names, t, colours = zip(*(parse_name(self.identifiers[i]) for i in identifiers[real].tolist()))
         t, tables = np.array(t), [bytes.maketrans(c.translate(TO_TOKEN), ORIGINAL) for c in colours]
-        for name, given, answer in zip(names, undo_rows(inputs, t, tables), undo_rows(preds, t, tables)):
-            if (name, given) not in self.tasks:
-                raise UserError(f"a row of the test split is no test input of puzzle {name} in test_puzzles.json: "
+        given, answers = (undo_rows(a[real].astype(np.uint8), t, tables) for a in (inputs, preds))
+        for task, grid in zip(zip(names, given), answers):
+            if task not in self.tasks:
+                raise UserError(f"a row of the test split is no test input of puzzle {task[0]} in test_puzzles.json: "
                                 f"they were not built together; build both again with prepare/arc.py")
-            self.task.append(self.tasks[name, given])
-            self.grid.append(self.grids.setdefault(answer, len(self.grids)))
+            self.task.append(self.tasks[task])
+            self.grid.append(self.grids.setdefault(grid, len(self.grids)))
+        self.row += rows[real].tolist()
+        self.q += np.exp(-np.logaddexp(0, -q_halt[real].astype(np.float64))).tolist()
 
     def payload(self):
-        """What rank 0 needs: per vote its row, test input, candidate (a place in grids) and sigmoid(q_halt)."""
-        if self.waiting:
-            self.count()
-        return {"row": np.concatenate([np.zeros(0, np.int64), *self.row]), "q": np.concatenate([np.zeros(0), *self.q]),
-                "task": np.array(self.task, np.int32), "grid": np.array(self.grid, np.int32), "grids": list(self.grids)}
+        """What the other ranks need: per vote its row, test input, candidate (a place in grids) and sigmoid(q_halt)."""
+        return {"row": np.array(self.row, np.int64), "q": np.array(self.q), "task": np.array(self.task, np.int32),
+                "grid": np.array(self.grid, np.int32), "grids": list(self.grids)}
 
     def merge(self, payloads):
         """Rank the candidates of every test input by (votes, mean sigmoid(q_halt)), ties in order of the rows."""
@@ -450,14 +449,12 @@ class ArcVotes:
         self.ranked = [sorted(c, key=lambda key: (c[key][0], c[key][1] / c[key][0]), reverse=True) for c in votes]
 
     def pool(self, path, payloads):
-        """Write the payloads of this evaluation to votes-NAME.json, and merge those of all such files beside it; returns
-        how many there are."""
-        write_json(path, [{**{k: v.tolist() for k, v in p.items() if k != "grids"}, "grids": [g.hex() for g in p["grids"]]}
+        """Write this evaluation's payloads to votes-NAME.json, and merge those of all such files beside it."""
+        write_json(path, [{k: [g.hex() for g in v] if k == "grids" else v.tolist() for k, v in p.items()}
                           for p in payloads])
-        files = sorted(path.parent.glob("votes-*.json"))
-        self.merge([{**{k: np.array(v) for k, v in p.items()}, "grids": [bytes.fromhex(g) for g in p["grids"]]}
-                    for f in files for p in json.loads(f.read_text())])
-        return len(files)
+        kept = [p for f in sorted(path.parent.glob("votes-*.json")) for p in json.loads(f.read_text())]
+        self.merge([{k: list(map(bytes.fromhex, v)) if k == "grids" else np.array(v) for k, v in p.items()}
+                    for p in kept])
 
     def places(self):
         """Per puzzle the places (from 0, inf: none) of the right outputs of its test inputs among the candidates."""
@@ -468,8 +465,7 @@ class ArcVotes:
 
     def result(self):
         """-> {"pass@K": mean over puzzles of the mean over test inputs (the official figure), "hits@K": test inputs
-        solved, ..., "puzzles", "inputs": how many there are}. Whatever has no votes is not solved; when self.partial,
-        puzzles without any votes are left out."""
+        solved, ..., "puzzles", "inputs": how many there are}. Whatever has no votes is not solved."""
         puzzles = self.places()
         pooled = np.concatenate(puzzles)
         result = {"puzzles": len(puzzles), "inputs": len(pooled)}
@@ -498,7 +494,8 @@ KNOWN = {
     "Sanjin2024/TinyRecursiveModels-Sudoku-Extreme-mlp": (3, 6, "sudoku"),
     "Sanjin2024/TinyRecursiveModels-Sudoku-Extreme-att": (3, 6, "sudoku"),
     "Sanjin2024/TinyRecursiveModel-Maze-Hard": (3, 4, "maze"),
-    "Sanjin2024/TinyRecursiveModels-ARC-AGI-1": (3, 4, "arc1"), "Sanjin2024/TinyRecursiveModels-ARC-AGI-2": (3, 4, "arc2"),
+    "Sanjin2024/TinyRecursiveModels-ARC-AGI-1": (3, 4, "arc1"),
+    "Sanjin2024/TinyRecursiveModels-ARC-AGI-2": (3, 4, "arc2"),
 }
 ARC2 = ["--subsets", "training2", "evaluation2", "concept", "--test-set-name", "evaluation2"]
 DATASETS = {  # folder, builder and its flags
@@ -506,7 +503,8 @@ DATASETS = {  # folder, builder and its flags
     "maze": ("data/maze-30x30-hard-1k", maze, []),
     "arc1": ("data/arc1concept-aug-1000", arc, []), "arc2": ("data/arc2concept-aug-1000", arc, ARC2),
 }
-NO_WEIGHTS = re.compile(r"\.(json|ya?ml|md|txt|py|png|gif|jpe?g|pdf|npz?|csv|lock|log|sh|gitattributes|gitignore)$|^LICENSE", re.I)
+CONFIGS = ("all_config.yaml", "config.json")
+NO_WEIGHTS = re.compile(r"\.(json|ya?ml|md|txt|py|png|gif|jpe?g|pdf|npz?|csv|log|sh)$|^\.|^LICENSE", re.I)
 
 
 def fetch(name, world):
@@ -522,31 +520,40 @@ def fetch(name, world):
         try:
             files = [f.rfilename for f in HfApi().model_info(repo).siblings]    # list_repo_files retries for 23 s
             wanted = pick_file(repo, files, wanted)
-            for file in [f for f in files if Path(f).name in ("config.json", "all_config.yaml")] + [wanted]:
+            for file in [f for f in files if Path(f).name in CONFIGS] + [wanted]:
                 hf_hub_download(repo, file, local_dir=folder)
         except UserError:
             raise
         except Exception as e:  # the client raises its own errors, httpx's or requests', by its version
-            there = [str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and ".cache" not in f.parts]
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
-            if not wanted and not any(not NO_WEIGHTS.search(f) for f in there) or wanted and wanted not in there:
-                raise UserError(f"cannot download from {repo} ({reason}); fetch {wanted or 'its checkpoint file'} from "
-                                f"https://huggingface.co/{repo} and put it at {folder / (wanted or 'FILE')}") from None
+            reason = f"cannot download from {repo} ({one_line(e)})"
+            there = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+            if wanted not in there and (wanted or not weights_among(there)):
+                raise UserError(f"{reason}; fetch {wanted or 'its checkpoint file'} from https://huggingface.co/{repo} "
+                                f"and put it at {folder / (wanted or 'FILE')}") from None
             wanted = pick_file(repo, there, wanted)
-            print(f"cannot reach {repo} ({reason}): using {folder / wanted}", file=sys.stderr)
+            print(f"{reason}: using {folder / wanted}", file=sys.stderr)
     path = folder / world.gather_objects(wanted)[0]
-    key = next((k for k in KNOWN if f"{repo}/{path.relative_to(folder)}/".startswith(k + "/")), None)
+    key = next((k for k in KNOWN if f"{path.relative_to('data/weights').as_posix()}/".startswith(k + "/")), None)
     T, n, data = KNOWN.get(key, (None, None, None))
     settings = {"H_cycles": T, "L_cycles": n} if key else {}
-    for config in chain(folder.rglob("config.json"), folder.rglob("all_config.yaml")):
-        if path.is_relative_to(config.parent):
+    for config in (d / name for d in reversed(path.parents) for name in CONFIGS):   # the one next to the file wins
+        if config.is_relative_to(folder) and config.exists():
             settings |= read_config(config.read_text())
     return path, settings, data
 
 
+def one_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+
+
+def weights_among(files):
+    """Those that are no configuration, text or picture: checkpoints have names like step_32550, without a suffix."""
+    return [f for f in files if not NO_WEIGHTS.search(Path(f).name) and not f.startswith(".cache/")]
+
+
 def pick_file(repo, files, wanted):
     """The checkpoint among the files of a repository. Raises UserError that lists them when there is not one."""
-    found = [f for f in files if not NO_WEIGHTS.search(Path(f).name) and not Path(f).name.startswith(".")]
+    found = weights_among(files)
     if wanted in files or len(found) == 1 and not wanted:
         return wanted or found[0]
     raise UserError(f"{repo} has {f'no file {wanted}' if wanted else f'{len(found)} checkpoint files'}; choose one: "
@@ -555,31 +562,27 @@ def pick_file(repo, files, wanted):
 
 def read_config(text):
     """The settings of Config that a JSON or a simple YAML file gives, at any depth."""
-    kinds = {"H_cycles": int, "L_cycles": int, "num_heads": int, "puzzle_emb_len": int, "halt_max_steps": int, "pos_encodings": str}
-    found = re.findall(r"^[\s{,]*\"?(\w+)\"?\s*:\s*\"?([\w.]+)\"?\s*,?\s*}?\s*$", text.replace(",", ",\n").replace("{", "{\n"), re.M)
-    return {k: kinds[k](v) for k, v in found if k in kinds}
+    kinds = {"H_cycles": int, "L_cycles": int, "num_heads": int, "puzzle_emb_len": int, "halt_max_steps": int,
+             "pos_encodings": str}
+    return {k: kinds[k](v) for k, v in re.findall(r"""\b(\w+)["']?[ ]*:[ ]*["']?(\w+)""", text) if k in kinds}
 
 
 def find_file(path):
     """The newest checkpoint of a run folder, or the file itself."""
-    path = Path(path)
-    if path.is_dir():
-        newest = path / "latest.txt"
-        if not newest.exists():
-            raise UserError(f"{path} holds no latest.txt, so it is no run folder; name a run folder or a checkpoint file")
-        return path / newest.read_text().strip()
-    return path
+    path, newest = Path(path), Path(path) / "latest.txt"
+    if path.is_dir() and not newest.exists():
+        raise UserError(f"{path} holds no latest.txt, so it is no run folder; name a run folder or a checkpoint file")
+    return path / newest.read_text().strip() if path.is_dir() else path
 
 
 def read_model(content, settings, seq_len, ema):
     """(Config, state dict) of a checkpoint file's content, ours or published. settings win over what it says."""
     if "config" in content:
-        state = {**content["model"], **((ema and content["ema"]) or {})}
-        return Config(**{**content["config"], **settings}), state
+        return Config(**{**content["config"], **settings}), {**content["model"], **((ema and content["ema"]) or {})}
     lacking = [f"--{k.replace('_', '-')}" for k in ("H_cycles", "L_cycles") if k not in settings]
     if lacking:
-        raise UserError(f"this published checkpoint does not say {' and '.join(lacking)}; give them (3 and 6 for sudoku, "
-                        f"3 and 4 for maze and ARC)")
+        raise UserError(f"this published checkpoint does not say {' and '.join(lacking)}; give them (3 and 6 for "
+                        f"sudoku, 3 and 4 for maze and ARC)")
     if not any("mlp_t" in key for key in content):  # the shapes of attention do not tell the length
         vocab_size = next((len(v) for k, v in content.items() if k.endswith("embedding_weight")), 0)
         settings = {**settings, "seq_len": seq_len or {11: 81}.get(vocab_size, 900)}
@@ -588,27 +591,27 @@ def read_model(content, settings, seq_len, ema):
 
 def must_fit(content, cfg, split, reset):
     """Refuse a dataset that the checkpoint was not made for. Raises UserError."""
-    dirs, meta = " ".join(map(str, split.dirs)), split.meta
-    for name, ours in (("seq_len", cfg.seq_len), ("vocab_size", cfg.vocab_size), ("input_dim", cfg.input_dim),
-                       ("target_dim", cfg.target_dim)):
-        if meta.get(name, 0) != ours:
-            raise UserError(f"{dirs} has {name} {meta.get(name, 0)}, the checkpoint {ours}; give the dataset it was made for "
-                            f"with --data")
+    dirs, rows = " ".join(map(str, split.dirs)), split.meta["num_puzzle_identifiers"]
+    for name in ("seq_len", "vocab_size", "input_dim", "target_dim"):
+        found, asked = split.meta.get(name, 0), getattr(cfg, name)
+        if found != asked:
+            raise UserError(f"{dirs} has {name} {found}, the checkpoint {asked}; give its own dataset with --data")
+    if reset:
+        return
     cure = "give its dataset with --data, or --reset-puzzle-emb to replace every row by the mean row"
-    rows = meta["num_puzzle_identifiers"]
-    if not reset and content.get("identity", split.identity) != split.identity:
-        raise UserError(f"the puzzles of {dirs} are not those the checkpoint was trained on (its identifiers.json differs, "
-                        f"sha256 {split.identity[:12]}, not {content['identity'][:12]}); trained on "
-                        f"{' '.join(content.get('data', []))}: {cure}")
-    if not reset and cfg.num_puzzles != rows:
-        raise UserError(f"the checkpoint's puzzle table has {cfg.num_puzzles:,} rows, {dirs} has {rows:,} identifiers; {cure}")
+    if content.get("identity", split.identity) != split.identity:
+        sums = f"its identifiers.json has sha256 {split.identity[:12]}, not {content['identity'][:12]}"
+        raise UserError(f"the puzzles of {dirs} are not those the checkpoint was trained on, "
+                        f"{' '.join(content['data'])} ({sums}); {cure}")
+    if cfg.num_puzzles != rows:
+        raise UserError(f"the checkpoint's table has {cfg.num_puzzles:,} rows, {dirs} has {rows:,} identifiers; {cure}")
 
 
 # ---------------------------------------------------------------------------------------------
 # Pictures, 1200 pixels wide
 
-ARC_COLOURS = ("#FFFFFF", "#D9D9D9",    # outside of the grid, end line
-               "#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25")
+ARC_COLOURS = ("#FFFFFF", "#D9D9D9", "#000000", "#0074D9", "#FF4136", "#2ECC40",     # outside, end line, colours 0 ..
+               "#FFDC00", "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25")
 MAZE_COLOURS = ("#FFFFFF", "#37474F", "#FFFFFF", "#2ECC40", "#FF851B", "#64B5F6")   # pad, wall, open, S, G, path
 WRONG, PALE, GIVEN, ANSWER = "#D50000", "#FFCDD2", "#E6E6E6", "#0D47A1"
 
@@ -643,7 +646,8 @@ def draw_digits(ax, grid, given, wrong):
         if wrong[r, c] or given[r, c]:
             ax.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, color=PALE if wrong[r, c] else GIVEN, lw=0))
         if token > 1:
-            ax.text(c, r, str(token - 1), ha="center", va="center_baseline", fontsize=size, weight="bold" if given[r, c] else None,
+            ax.text(c, r, str(token - 1), ha="center", va="center_baseline", fontsize=size,
+                    weight="bold" if given[r, c] else None,
                     color=WRONG if wrong[r, c] else "black" if given[r, c] else ANSWER)
 
 
@@ -659,7 +663,8 @@ def draw_board(ax, cfg, board, question, wrong, top):
         for i in np.flatnonzero(wrong):
             ax.axvspan(i - 0.5, i + 0.5, color=WRONG, alpha=0.3)
         return
-    grid, given, wrong = (np.reshape(a, (side, side) if side * side == cfg.seq_len else (1, -1)) for a in (board, question > 1, wrong))
+    shape = (side, side) if side * side == cfg.seq_len else (1, -1)
+    grid, given, wrong = (np.reshape(a, shape) for a in (board, question > 1, wrong))
     if kind == "sudoku":
         return draw_digits(ax, grid, given, wrong)
     if kind == "arc":   # as much of the canvas as is used
@@ -671,9 +676,11 @@ def draw_board(ax, cfg, board, question, wrong, top):
         ax.grid(which="minor", color="#888888", lw=0.3)
         ax.tick_params(which="minor", length=0)
     colours = {"arc": ARC_COLOURS, "maze": MAZE_COLOURS}.get(kind)
-    ax.imshow(grid, cmap=ListedColormap(colours) if colours else "tab20", vmin=0, vmax=top, aspect="equal" if len(grid) > 1 else "auto")
-    cell_pt = min(ax.get_window_extent().width / grid.shape[1], ax.get_window_extent().height / grid.shape[0]) * 0.72
-    ax.scatter(*np.nonzero(wrong)[::-1], marker="x", color=WRONG, s=(0.6 * cell_pt) ** 2, linewidths=max(0.8, 0.08 * cell_pt))
+    ax.imshow(grid, cmap=ListedColormap(colours) if colours else "tab20", vmin=0, vmax=top,
+              aspect="equal" if len(grid) > 1 else "auto")
+    box = ax.get_window_extent()
+    cell = 0.72 * min(box.width / grid.shape[1], box.height / grid.shape[0])            # points
+    ax.scatter(*np.nonzero(wrong)[::-1], marker="x", color=WRONG, s=(0.6 * cell) ** 2, linewidths=max(0.8, 0.08 * cell))
 
 
 def draw_panels(cfg, title, panels, columns):
@@ -688,16 +695,15 @@ def draw_panels(cfg, title, panels, columns):
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.6 / height, top=1 - 0.8 / height, wspace=0.08, hspace=0.16)
     for ax in axes[len(panels):]:
         ax.set_axis_off()
-    top = np.nanmax([np.abs(b).max(initial=0, where=~np.isnan(b)) for _, b, *_ in panels]) if cfg.regression else cfg.vocab_size - 1
+    top = max(np.nanmax(np.abs(board)) for _, board, *_ in panels) if cfg.regression else cfg.vocab_size - 1
     for ax, (name, board, question, wrong) in zip(axes, panels):
         draw_board(ax, cfg, board, question, wrong, top)
         ax.set_title(name, fontsize=10)
-    maze_names = zip(MAZE_COLOURS[1:], ("wall", "open", "start", "goal", "path"))
-    handles = {"sudoku": [Patch(color=c, label=name) for c, name in ((GIVEN, "given"), (ANSWER, "answer"), (PALE, "wrong cell"))],
-               "maze": [Patch(facecolor=c, edgecolor="grey", label=name) for c, name in maze_names],
-               "arc": [Patch(facecolor=ARC_COLOURS[1], edgecolor="grey", label="end of the grid")],
-               "numbers": [Patch(color=WRONG, alpha=0.3, label=f"outside the tolerance   (colours from {-top:.3g} to {top:.3g})")],
-               }.get(board_kind(cfg), [])
+    patches = {"sudoku": ((GIVEN, "given"), (ANSWER, "answer"), (PALE, "wrong cell")),
+               "maze": zip(MAZE_COLOURS[1:], ("wall", "open", "start", "goal", "path")),
+               "arc": ((ARC_COLOURS[1], "end of the grid"),),
+               "numbers": ((PALE, f"outside the tolerance   (colours from {-top:.3g} to {top:.3g})"),)}
+    handles = [Patch(facecolor=c, edgecolor="grey", label=text) for c, text in patches.get(board_kind(cfg), ())]
     if board_kind(cfg) not in ("sudoku", "numbers"):
         handles.append(Line2D([], [], color=WRONG, marker="x", ls="", label="wrong cell"))
     figure.suptitle(title, fontsize=14)
@@ -716,7 +722,8 @@ def draw_steps(cfg, path, title, question, boards, marks, q, label=None):
     """PNG of one puzzle: the question, its answer after some supervision steps, the target if it is given."""
     steps = [s for s in (1, 2, 4, 8, 16) if s < len(boards)] + [len(boards)]
     target = [] if label is None else [("target", label, question, None)]
-    panels = [("question", question, question, None), *(step_panel(s, question, boards, marks, q) for s in steps), *target]
+    shown = [step_panel(s, question, boards, marks, q) for s in steps]
+    panels = [("question", question, question, None), *shown, *target]
     draw_panels(cfg, title, panels, 3 + len(target)).savefig(path)
     return path
 
@@ -730,7 +737,8 @@ def animate(cfg, path, title, question, boards, marks, q, label=None):
         drawn = BytesIO()
         draw_panels(cfg, title, panels, len(panels)).savefig(drawn)
         frames.append(Image.open(drawn).convert("P", palette=Image.Palette.ADAPTIVE))
-    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=[500] * (len(frames) - 1) + [3000], loop=0)
+    times = [500] * (len(frames) - 1) + [3000]      # ms
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
 def draw_curve(path, curve, n):
@@ -739,7 +747,8 @@ def draw_curve(path, curve, n):
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
     ax = figure.subplots()
     ax.plot(range(1, len(curve) + 1), curve, marker="o" if len(curve) < 40 else None)
-    ax.set(xlabel="supervision steps", ylabel="right puzzles", title=f"{n:,} puzzles: {curve[-1]:.4f} right after {len(curve)} steps")
+    ax.set(xlabel="supervision steps", ylabel="right puzzles",
+           title=f"{n:,} puzzles: {curve[-1]:.4f} right after {len(curve)} steps")
     ax.grid(alpha=0.3)
     figure.savefig(path)
 
@@ -770,8 +779,8 @@ def puzzle_picture(model, split, path, batch_size):
     marks = [[wrong_cells(cfg, b, l) for b, l in zip(step, labels)] for step in boards]
     wrong = np.array(marks).any(-1)                                                       # (steps, B)
     i = max(range(len(pool)), key=lambda i: (not wrong[-1, i], wrong[:, i].sum(), -i))
-    return draw_steps(cfg, path, f"Test puzzle {pool[i]}: the answer after each supervision step", inputs[i], boards[:, i],
-                      [step[i] for step in marks], q[:, i])
+    title = f"Test puzzle {pool[i]}: the answer after each supervision step"
+    return draw_steps(cfg, path, title, inputs[i], boards[:, i], [step[i] for step in marks], q[:, i])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -797,11 +806,11 @@ def read_puzzle(source, cfg):
     elif kind == "maze":
         cells, alphabet = "".join(line.ljust(side) for line in text.strip("\r\n").splitlines()), "# SGo"
     else:
-        raise UserError("--solve knows Sudoku, mazes and ARC; this checkpoint is of another task: use --show and --save-preds")
+        raise UserError("--solve knows Sudoku, mazes and ARC; this checkpoint is of another task: use --show")
     odd = [c for c in cells if c not in alphabet]
     if odd or len(cells) != cfg.seq_len:
-        raise UserError(f"--solve: {f'character {odd[0]!r}' if odd else f'{len(cells)} cells'} in the puzzle; this checkpoint "
-                        f"solves {kind}s of {side} x {side} cells of '{alphabet}'")
+        raise UserError(f"--solve: {f'character {odd[0]!r}' if odd else f'{len(cells)} cells'} in the puzzle; this "
+                        f"checkpoint solves {kind}s of {side} x {side} cells of '{alphabet}'")
     return np.array([alphabet.index(c) + 1 for c in cells], np.int32)
 
 
@@ -816,6 +825,9 @@ def rule_breakers(kind, question, board, side):
     return bad
 
 
+SHADES = {"arc": (16, 33, 203, 41, 220, 248, 201, 208, 117, 88), "maze": (16, 240, 255, 41, 208, 33)}
+
+
 def terminal(kind, grid, bold, bad):
     """Lines of text for a board (rows, columns) of tokens (ARC: of colours), with ANSI colours on a terminal."""
     colour, box = sys.stdout.isatty(), sudoku.BOX[len(grid)] if kind == "sudoku" else None
@@ -828,8 +840,7 @@ def terminal(kind, grid, bold, bad):
             return f"{bar}\033[{style}m{text}\033[0m " if colour else f"{bar}{text} "
         if not colour:
             return str(token) if kind == "arc" else " # SGo"[token]
-        shade = (16, 33, 203, 41, 220, 248, 201, 208, 117, 88)[token] if kind == "arc" else (16, 240, 255, 41, 208, 33)[token]
-        return f"\033[48;5;{196 if bad[r, c] else shade}m  \033[0m"
+        return f"\033[48;5;{196 if bad[r, c] else SHADES[kind][token]}m  \033[0m"
     lines = ["".join(cell(r, c) for c in range(grid.shape[1])) for r in range(len(grid))]
     if box:
         rule = "+-".join(["--" * box[1]] * (len(grid) // box[1]))
@@ -871,12 +882,13 @@ def solve_board(model, question, args, effort):
     board = answer(cfg, logits)[0].cpu().numpy().astype(np.int32)
     marks = [rule_breakers(kind, question, b, side) for b in (*boards, board)]
     right = bool(sudoku.check(question, board, side) if kind == "sudoku" else maze.check(question, board, side))
+    shown = ("question", question, np.zeros(len(board), bool)), ("answer", board, marks[-1])
     side_by_side([(name, terminal(kind, *(a.reshape(side, side) for a in (b, question > 1, bad))))
-                  for name, b, bad in (("question", question, np.zeros(len(board), bool)), ("answer", board, marks[-1]))])
+                  for name, b, bad in shown])
     rule = {"sudoku": "a legal Sudoku that keeps the givens", "maze": "a shortest path from S to G"}[kind]
     print(f"{'RIGHT: the answer is' if right else 'WRONG: the answer is not'} {rule}"
           + (f"; {marks[-1].sum()} cells break the rules" if marks[-1].any() else ""))
-    print(f"steps {len(boards)}, q_halt {q[0, 0].item():+.2f}; the answer did not change after step "
+    print(f"steps {len(boards)}, q_halt {q[0, 0].item():+.2f}; the answer last changed at step "
           f"{1 + max([i for i, b in enumerate(boards[:-1], 1) if (b != boards[-1]).any()], default=0)}")
     pictures(args, cfg, question, boards, marks, halts)
     return right
@@ -888,7 +900,8 @@ def adapt(model, examples, augs, n_steps, whole, batch_size):
     from train import AdamATan2, Flat, sign_sgd
     rows = [np.frombuffer(b"".join(b), np.uint8).reshape(-1, arc.SIDE ** 2).astype(np.int32)
             for b in arc.render(examples, augs, True, arc.words(0).__next__)]
-    inputs, labels, ids = rows[0], np.where(rows[1] == 0, IGNORE, rows[1]), np.repeat(np.arange(len(augs), dtype=np.int32), len(examples))
+    inputs, labels = rows[0], np.where(rows[1] == 0, IGNORE, rows[1])
+    ids = np.repeat(np.arange(len(augs), dtype=np.int32), len(examples))
     device, rng = model.y0.device, np.random.RandomState(0)
     delta = torch.zeros(batch_size, model.cfg.puzzle_emb_ndim, device=device, requires_grad=True)
     model.train().requires_grad_(whole)
@@ -922,7 +935,7 @@ def solve_task(model, task, args, effort, names):
         if args.adapt:
             adapt(model, examples, augs, args.adapt, args.adapt_all, args.batch_size or 32)
         else:
-            print(f"{task_id} is not in the checkpoint's puzzle table: answering from the mean row; --adapt N trains a row")
+            print(f"{task_id} has no row in the checkpoint's table: answering from the mean row; --adapt N trains one")
     rows, verdicts = rows[:1 + effort.augment], []
     for number, example in enumerate(task["test"]):
         given, target = (np.array(example[k], np.uint8) if k in example else None for k in ("input", "output"))
@@ -936,7 +949,8 @@ def solve_task(model, task, args, effort, names):
         shown = {"input": given, "answer": answers[best]} | ({} if target is None else {"target": target})
         print(f"test input {number}:")
         side_by_side([(name, terminal("arc", g, None, np.zeros(g.shape, bool))) for name, g in shown.items()])
-        print(f"{verdict}steps {len(boards)}, q_halt {q[-1, best]:+.2f}, {keys.count(keys[best])} of {len(rows)} votes\n")
+        votes = f"{keys.count(keys[best])} of {len(rows)} votes"
+        print(f"{verdict}steps {len(boards)}, q_halt {q[-1, best]:+.2f}, {votes}\n")
         if number == 0:
             label = None if target is None else arc.encode(target).astype(np.int32)
             marks = [None if label is None else (b != label) & (label > 0) for b in boards[:, 0]]
@@ -989,19 +1003,20 @@ def compare(*paths):
             raise UserError(f"--compare {path}: no results.json of eval.py ({type(e).__name__}: {e})") from None
     (name, p, n), (other_name, p2, n2) = found
     if name != other_name:
-        raise UserError(f"--compare: {paths[0]} measures {name}, {paths[1]} {other_name}; compare evaluations of the same task")
+        raise UserError(f"--compare: {paths[0]} measures {name}, {paths[1]} {other_name}; compare the same task")
     pooled = (p * n + p2 * n2) / (n + n2)
     z = (p2 - p) / max(1e-12, math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / n2)))
     print(f"{name}: A {p:.4f} of {n:,}, B {p2:.4f} of {n2:,}: B - A = {p2 - p:+.4f}\n"
           f"two proportions: z = {z:.3f}, one-sided p = {0.5 * math.erfc(z / math.sqrt(2)):.4g} that B is no better")
-    a, b = (np.load(f) if f.exists() else {"row": None, "data": None} for f in (Path(p).with_name("right.npz") for p in paths))
+    files = [Path(path).with_name("right.npz") for path in paths]
+    a, b = (np.load(f) if f.exists() else {"row": None, "data": None} for f in files)
     if a["data"] is None or a["data"] != b["data"] or not np.array_equal(a["row"], b["row"]):
         print("McNemar: needs right.npz of the same rows of the same data beside both")
         return
     only_a, only_b = int((a["right"] & ~b["right"]).sum()), int((b["right"] & ~a["right"]).sum())
-    n = only_a + only_b     # under the null hypothesis B wins a binomial(n, 1/2) number of them
-    terms = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(only_b, n + 1)]
-    print(f"McNemar: only A right {only_a}, only B right {only_b}; exact one-sided p = {min(1.0, math.fsum(map(math.exp, terms))):.4g}")
+    n, log_choose = only_a + only_b, lambda n, k: math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    tail = math.fsum(math.exp(log_choose(n, k) - n * math.log(2)) for k in range(only_b, n + 1))   # of a fair coin
+    print(f"McNemar: only A right {only_a}, only B right {only_b}; exact one-sided p = {min(1.0, tail):.4g}")
 
 
 def choose_examples(split, limit, max_aug):
@@ -1016,24 +1031,33 @@ def choose_examples(split, limit, max_aug):
     return examples, ", ".join(part) or None
 
 
+LONG = 3e13     # FLOPs that take a CPU minutes: then compiling pays
+
+
 def full_evaluation(args, world, model, split, effort, path, output):
-    """All that is measured on a split, as results.json holds it (rank 0; it writes the other files of `output`, too)."""
+    """All that is measured on a split, as results.json holds it (rank 0, which also writes the other files)."""
     cfg, (examples, part) = model.cfg, choose_examples(split, args.limit, args.max_aug)
-    size = args.batch_size or (768 if world.device.type == "cuda" else max(1, 2 ** 13 // cfg.length))
+    size = args.batch_size or (768 if world.device.type == "cuda" else max(1, 2 ** 12 // cfg.length))
     n_params = sum(p.numel() for p in model.parameters())
-    about = {"supervision steps": effort.of(cfg), "parameters": n_params, "with puzzle table": n_params + model.puzzle_emb.numel(),
-             "device": f"{world.size} x {world.device.type}", "precision": cfg.dtype, "batch of a rank": size}
+    flops = 2 * n_params * cfg.length * cfg.H_cycles * (cfg.L_cycles + 1) * effort.of(cfg) * len(examples) / world.size
+    if args.compile or args.compile is None and (world.device.type == "cuda" or flops > LONG):
+        compile_model(model)
+    about = {"supervision steps": effort.of(cfg), "parameters": n_params,
+             "with puzzle table": n_params + model.puzzle_emb.numel(), "device": f"{world.size} x {world.device.type}",
+             "precision": cfg.dtype, "batch of a rank": size}
     score(model, split, world, size, examples[:1], Effort(steps=1), progress=False)     # compiles, allocates
     start = time.perf_counter()
     if args.halt:
         sample = examples[:10 * size * world.size]
         full = measure(model, split, world, size, sample, Effort(args.steps))[0]
-        about["without halting"] = (f"exact_acc {full[metric_names(cfg)[2]]:.4f}, {len(sample) / (time.perf_counter() - start):,.1f} "
-                                    f"rows/s, on the first {len(sample):,} rows")
+        speed = len(sample) / (time.perf_counter() - start)
+        about["without halting"] = (f"exact_acc {full[metric_names(cfg)[2]]:.4f}, {speed:,.1f} rows/s, on the first "
+                                    f"{len(sample):,} rows")
         start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     pool = output / f"votes-{path.stem}.json" if args.pool_votes else None
-    metrics, scores, votes = measure(model, split, world, size, examples, effort, True, args.save_preds or bool(args.show), pool)
+    keep = args.save_preds or bool(args.show)
+    metrics, scores, votes = measure(model, split, world, size, examples, effort, True, keep, pool)
     about["seconds"] = time.perf_counter() - start
     about["rows/s"] = len(examples) / about["seconds"]
     if world.rank:
@@ -1051,7 +1075,8 @@ def full_evaluation(args, world, model, split, effort, path, output):
     np.savez(output / "right.npz", row=rows, right=right, data=digest)
     if args.save_preds:
         inputs, labels, ids = split.gather(scores.examples)
-        np.savez(output / "predictions.npz", inputs=inputs, labels=labels, puzzle_identifiers=ids, preds=scores.preds, q_halt_logits=scores.q)
+        np.savez(output / "predictions.npz", inputs=inputs, labels=labels, puzzle_identifiers=ids, preds=scores.preds,
+                 q_halt_logits=scores.q)
     curve = scores.history.mean(0).tolist() if effort.rollouts == 1 and not effort.augment else []
     if args.steps and curve:
         draw_curve(output / "steps.png", curve, len(scores.right))
@@ -1087,7 +1112,7 @@ def parser():
     g.add_argument("--pool-votes", action="store_true", help="ARC: vote with earlier evaluations in --output")
     g.add_argument("--save-preds", action="store_true", help="write predictions.npz")
     g.add_argument("--show", type=int, metavar="N", help="draw N test puzzles: show.png")
-    g.add_argument("--compare", nargs=2, metavar="JSON", help="is the second results.json better?")
+    g.add_argument("--compare", nargs=2, metavar="A B", help="two results.json: is B better?")
     g = p.add_argument_group("compute at test time (one of --halt, --rollouts, --augment)")
     g.add_argument("--steps", type=int, metavar="N", help="supervision steps; exact_acc after each: steps.png")
     g.add_argument("--halt", action="store_true", help="stop a row when it is sure, fill its slot")
@@ -1104,7 +1129,7 @@ def parser():
     g = p.add_argument_group("run")
     g.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="to run on")
     g.add_argument("--batch-size", type=int, metavar="N", help="of one rank (default: by device)")
-    g.add_argument("--compile", action=onoff, help="torch.compile (default: on a GPU)")
+    g.add_argument("--compile", action=onoff, help="torch.compile (default: on a GPU; on a CPU for long work)")
     return p
 
 
@@ -1114,13 +1139,15 @@ def check(args):
         return "--" + name.replace("_", "-")
     if bool(args.checkpoint) == bool(args.hf):
         raise UserError("give one of --checkpoint and --hf")
-    for name, low in (("limit", 1), ("max_aug", 0), ("show", 1), ("steps", 1), ("rollouts", 1), ("noise", 0), ("augment", 0),
-                      ("adapt", 0), ("batch_size", 1), ("H_cycles", 1), ("L_cycles", 1), ("num_heads", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise UserError(f"{flag(name)} {getattr(args, name)} is below {low}; raise it")
+    for name in ("limit", "show", "steps", "rollouts", "batch_size", "H_cycles", "L_cycles", "num_heads", "max_aug",
+                 "noise", "augment", "adapt"):
+        value, low = getattr(args, name), int(name not in ("max_aug", "noise", "augment", "adapt"))
+        if value is not None and value < low:
+            raise UserError(f"{flag(name)} {value} is below {low}; raise it")
     if args.halt + (args.rollouts > 1) + (args.augment > 0) > 1:
         raise UserError("--halt, --rollouts and --augment: only one of them at once; leave the others out")
-    for name, needed in (("gif", "solve"), ("png", "solve"), ("adapt", "solve"), ("adapt_all", "adapt"), ("halt_threshold", "halt")):
+    for name, needed in (("gif", "solve"), ("png", "solve"), ("adapt", "solve"), ("adapt_all", "adapt"),
+                         ("halt_threshold", "halt")):
         if getattr(args, name) and not getattr(args, needed):
             raise UserError(f"{flag(name)} does nothing without {flag(needed)}; add it")
     if (args.rollouts > 1) != (args.noise > 0):
@@ -1160,14 +1187,15 @@ def check_task(args, cfg, split):
     for name, there in (("pool_votes", test_puzzles(split) is not None), ("max_aug", test_puzzles(split) is not None),
                         ("augment", args.solve or board_kind(cfg) in ("sudoku", "maze"))):
         if getattr(args, name) and not there:
-            raise UserError(f"--{name.replace('_', '-')} does nothing for {' '.join(map(str, split.dirs))}; leave it out")
+            raise UserError(f"--{name.replace('_', '-')} does nothing for {split.dirs[0]}; leave it out")
     if args.augment > 7 and board_kind(cfg) == "maze":
         raise UserError(f"--augment {args.augment}: a maze has 7 symmetric copies; lower it")
 
 
 def run(args, world):
     path, settings, known = fetch(args.hf, world) if args.hf else (find_file(args.checkpoint), {}, None)
-    settings |= {k: getattr(args, k) for k in ("H_cycles", "L_cycles", "num_heads", "dtype") if getattr(args, k) is not None}
+    given = {k: getattr(args, k) for k in ("H_cycles", "L_cycles", "num_heads", "dtype")}
+    settings |= {k: v for k, v in given.items() if v is not None}
     content = load_file(path)
     dirs, split = args.data or content.get("data_test") or ([DATASETS[known][0]] if known else []), None
     if not args.export and (not args.solve or dirs and all(Path(d).exists() for d in dirs)):
@@ -1180,20 +1208,22 @@ def run(args, world):
             state["puzzle_emb"] = state["puzzle_emb"].mean(0).repeat(cfg.num_puzzles, 1)
         must_fit(content, cfg, split, args.reset_puzzle_emb)
     model = build(cfg, state).to(world.device).eval()
+    if (args.export or args.solve) and world.rank:
+        return 0        # rank 0 does it
     if args.export:
         save_file(args.export, to_published(cfg, state))
-        print(f"wrote {args.export}: T (--H-cycles) {cfg.H_cycles}, n (--L-cycles) {cfg.L_cycles}, {cfg.num_heads} heads")
+        print(f"wrote {args.export}; it does not hold: --H-cycles {cfg.H_cycles} --L-cycles {cfg.L_cycles} "
+              f"--num-heads {cfg.num_heads}")
         return 0
-    if args.compile if args.compile is not None else world.device.type == "cuda":
-        compile_model(model)
     effort = Effort(args.steps, args.halt_threshold if args.halt else None, args.rollouts, args.noise, args.augment)
     if args.solve:
         return solve(model, args, effort, split.names if split else [])
     output = Path(args.output or (f"runs/eval-{args.hf.split('/')[1]}" if args.hf else path.parent))
     results = full_evaluation(args, world, model, split, effort, path, output)
     if world.rank == 0:
-        for name, text in [("checkpoint", f"{path} ({'average' if args.ema and content.get('ema') else 'last'} weights)"), *table(results)]:
-            print(f"{name:<22} {text}")
+        weights = "averaged" if args.ema and content.get("ema") else "last"
+        print(f"{path}, {weights} weights, on {' '.join(map(str, split.dirs))}")
+        print(*(f"{name:<22} {text}" for name, text in table(results)), sep="\n")
         write_json(output / "results.json", results)
         if args.push:
             push(args.push, path, cfg, state, results)
@@ -1207,9 +1237,10 @@ def run(args, world):
 def push(name, path, cfg, state, results):
     """Upload weights in the published format, their config and a card with the measured result."""
     from huggingface_hub import HfApi
-    card = "\n".join(["---", "library_name: pytorch", "tags: [tiny-recursive-model]", "---", f"# {name.split('/')[-1]}", "",
-                      "Weights of a Tiny Recursive Model (arXiv 2510.04871). Measured:", "", "| | |", "|---|---|",
-                      *(f"| {k} | {v} |" for k, v in table(results)), "", f"Score it: `python eval.py --hf {name}`", ""])
+    rows = "\n".join(f"| {name} | {text} |" for name, text in table(results))
+    card = (f"---\nlibrary_name: pytorch\ntags: [tiny-recursive-model]\n---\n# {name.split('/')[-1]}\n\n"
+            f"Weights of a Tiny Recursive Model (arXiv 2510.04871).\n\n| measured | |\n|---|---|\n{rows}\n\n"
+            f"Score it: `python eval.py --hf {name}`\n")
     with tempfile.TemporaryDirectory() as tmp:
         save_file(Path(tmp) / path.stem, to_published(cfg, state))
         write_json(Path(tmp) / "config.json", asdict(cfg))
@@ -1219,8 +1250,8 @@ def push(name, path, cfg, state, results):
             HfApi().create_repo(name, exist_ok=True)
             HfApi().upload_folder(repo_id=name, folder_path=tmp, commit_message="Weights and measured result")
         except Exception as e:
-            raise UserError(f"--push {name}: {(str(e).strip() or type(e).__name__).splitlines()[0][:200]}; log in with `hf auth "
-                            f"login`; the result is kept in results.json") from None
+            raise UserError(f"--push {name}: {one_line(e)}; log in with `hf auth login`; the result is kept in "
+                            f"results.json") from None
     print(f"pushed to {name}")
 
 

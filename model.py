@@ -100,15 +100,22 @@ def swiglu_width(n, expansion):
     return -(-round(expansion * n * 2 / 3) // 256) * 256
 
 
-def rms_norm(h):
-    """Over the last axis, in float32, without a weight; eps 1e-5."""
+def rms_norm(h, dim=-1):
+    """Over one axis, in float32, without a weight; eps 1e-5."""
     h32 = h.float()
-    return (h32 * torch.rsqrt(h32.square().mean(-1, keepdim=True) + 1e-5)).to(h.dtype)
+    return (h32 * torch.rsqrt(h32.square().mean(dim, keepdim=True) + 1e-5)).to(h.dtype)
 
 
 def swiglu(h, w_gate_up, w_down):
     gate, up = F.linear(h, w_gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, w_down)
+
+
+def swiglu_over_positions(h, w_gate_up, w_down):
+    """The SwiGLU over axis 1 of h (B, L, D). A product per row of the batch, so that nothing is transposed."""
+    B = len(h)
+    gate, up = torch.bmm(w_gate_up.expand(B, -1, -1), h).chunk(2, dim=1)                  # (B, I, D) each
+    return torch.bmm(w_down.expand(B, -1, -1), F.silu(gate) * up)                         # (B, L, D)
 
 
 def rope_tables(length, head_dim):
@@ -272,8 +279,7 @@ class TRM(nn.Module):
         h = h + injection
         for mix_in, mix_out, mlp_in, mlp_out in weights:
             if cfg.mixer == "mlp":
-                g = h.transpose(1, 2)                                                    # (B, D, L)
-                h = rms_norm(g + swiglu(g, mix_in, mix_out)).transpose(1, 2)             # normalised over L
+                h = rms_norm(h + swiglu_over_positions(h, mix_in, mix_out), dim=1)       # normalised over L
             else:
                 h = rms_norm(h + attention(h, mix_in, mix_out, cfg.num_heads, rope, self.score_mod))
             h = rms_norm(h + swiglu(h, mlp_in, mlp_out))

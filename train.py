@@ -40,9 +40,9 @@ SUDOKU = dict(data=["data/sudoku-extreme-1k-aug-1000"], epochs=50_000, eval_inte
 ARC = dict(epochs=100_000, eval_interval=5_000)
 PRESETS = {
     "mini": dict(data=["data/sudoku-6x6-mini"], mixer="mlp", pos_encodings="none", hidden_size=64, num_heads=1,
-                 H_cycles=2, L_cycles=4, puzzle_emb_len=1, puzzle_emb_ndim=64, global_batch_size=64, dtype="auto",
+                 H_cycles=1, L_cycles=2, puzzle_emb_len=1, puzzle_emb_ndim=64, global_batch_size=64, dtype="auto",
                  lr=4e-3, puzzle_emb_lr=4e-3, weight_decay=0.5, puzzle_emb_weight_decay=0.5, lr_warmup_steps=100,
-                 lr_min_ratio=0.0, ema=0.99, ema_warmup=True, epochs=58, eval_interval=29, log_interval=10),
+                 lr_min_ratio=0.0, ema=0.99, ema_warmup=True, epochs=80, eval_interval=20),
     "sudoku": dict(SUDOKU, mixer="mlp", pos_encodings="none"),
     "sudoku-att": SUDOKU,
     "maze": dict(SUDOKU, data=["data/maze-30x30-hard-1k"], L_cycles=4),
@@ -55,7 +55,7 @@ SHAPES = {"mini": (8, 36, 1, 1000, 1.0), "sudoku": (11, 81, 1, 1000, 1.0), "sudo
 SHAPE_KEYS = ("vocab_size", "seq_len", "num_puzzle_identifiers", "total_groups", "mean_puzzle_examples")
 LIMIT_REACHED = 1   # why a run stops: this, or the number of a signal
 MATTERS = ("preset", "global_batch_size", "seed", "eval_interval")  # with the Config: cannot change on resume
-OF_THE_MACHINE = ("resume", "plot", "bench", "max_steps", "max_minutes", "device", "dist_timeout")  # not kept in a checkpoint
+OF_THIS_START = ("resume", "plot", "bench", "max_steps", "max_minutes", "device", "dist_timeout")   # are not saved
 COUNTERS = ("step", "logged_step", "best", "train_s", "logged_s", "eval_due")  # of a Run, as they are in a checkpoint
 
 
@@ -149,7 +149,7 @@ def parser(suppress=False):
 
 
 def settings(argv, world=scoring.World(0, 1, torch.device("cpu"))):
-    """(args, checkpoint or None, notes for the user): defaults, then the preset or a resumed run's settings, then flags."""
+    """(args, checkpoint or None, notes for the user): defaults, then the preset or the resumed run, then flags."""
     given = vars(parser(suppress=True).parse_args(argv))
     values = vars(parser().parse_args([]))
     checkpoint, path, notes = find_run(given) if world.rank == 0 else (None, None, [])
@@ -161,8 +161,8 @@ def settings(argv, world=scoring.World(0, 1, torch.device("cpu"))):
     saved = checkpoint["settings"]
     for name in sorted(given.keys() & saved.keys()):
         if given[name] != saved[name] and name in MATTERS:
-            raise UserError(f"--{name.replace('_', '-')} {given[name]} differs from the run's {saved[name]}; a run cannot change "
-                            f"it: leave it out, or begin a new run")
+            raise UserError(f"--{name.replace('_', '-')} {given[name]} differs from the run's {saved[name]}; a run "
+                            f"cannot change it: leave it out, or begin a new run")
         if given[name] != saved[name]:
             notes.append(f"changed on resume: {name} {saved[name]} -> {given[name]}")
     values.update(saved, checkpoint_path=given.get("run_dir", str(path.parent)))   # another --run-dir begins a branch
@@ -173,8 +173,9 @@ def settings(argv, world=scoring.World(0, 1, torch.device("cpu"))):
 
 def check(args, world):
     """What the flags must satisfy together. Raises UserError."""
-    for name in ("global_batch_size", "grad_accum", "epochs", "eval_interval", "log_interval", "num_layers", "H_cycles", "L_cycles",
-                 "halt_max_steps", "seq_len", "max_steps", "checkpoint_interval", "keep_last", "eval_limit"):
+    for name in ("global_batch_size", "grad_accum", "epochs", "eval_interval", "log_interval", "num_layers", "H_cycles",
+                 "L_cycles", "halt_max_steps", "seq_len", "max_steps", "checkpoint_interval", "keep_last",
+                 "eval_limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is below 1; use 1 or more")
     G, parts = args.global_batch_size, world.size * args.grad_accum
@@ -313,14 +314,19 @@ class Run:
                     view.copy_(checkpoint[name][key])
         for name in COUNTERS:
             setattr(self, name, checkpoint[name])
+        measure = ("monitor", "monitor_mode", "data_test", "eval_limit")
+        if any(checkpoint["settings"][k] != getattr(self.args, k) for k in measure):
+            self.best = None
         self.cursor = unpack_cursor(checkpoint["cursor"])
         sums = checkpoint["sums"]   # of every rank; in a world of another size the first one takes them all
-        mine = sums if len(sums) == self.world.size else torch.cat((sums.sum(0, keepdim=True), sums.new_zeros(self.world.size, sums.shape[1])))
-        self.sums.copy_(mine[self.world.rank])
+        if len(sums) == self.world.size:
+            self.sums.copy_(sums[self.world.rank])
+        elif self.world.rank == 0:
+            self.sums.copy_(sums.sum(0))
         if checkpoint.get("carry"):   # slots of the global batch in order: rank by rank, part by part
-            n = self.rows // self.args.grad_accum
+            n, device = self.rows // self.args.grad_accum, self.world.device
             starts = range(self.world.rank * self.rows, (self.world.rank + 1) * self.rows, n)
-            self.carries = [Carry(*(t[i:i + n].to(self.world.device, copy=True) for t in checkpoint["carry"])) for i in starts]
+            self.carries = [Carry(*(t[i:i + n].to(device, copy=True) for t in checkpoint["carry"])) for i in starts]
 
     def checkpoint(self):
         """The content of a checkpoint file on rank 0, None elsewhere. A collective: every rank calls it."""
@@ -336,9 +342,10 @@ class Run:
             return None if buffer is None else {k: v.cpu().clone() for k, v in self.flat.views(buffer).items()}
         return {
             "config": asdict(self.cfg), "model": {k: v.cpu().clone() for k, v in self.model.state_dict().items()},
-            "ema": copy(self.ema), "m": copy(self.adam.m), "v": copy(self.adam.v), "carry": carry or None, "sums": sums.cpu(),
-            "cursor": pack_cursor(self.cursor), **{name: getattr(self, name) for name in COUNTERS}, "epoch": self.epoch, **self.data,
-            "settings": {k: v for k, v in vars(self.args).items() if k not in OF_THE_MACHINE}, "torch": str(torch.__version__)}
+            "ema": copy(self.ema), "m": copy(self.adam.m), "v": copy(self.adam.v), "carry": carry or None,
+            "sums": sums.cpu(), "cursor": pack_cursor(self.cursor), "epoch": self.epoch, **self.data,
+            **{name: getattr(self, name) for name in COUNTERS}, "torch": str(torch.__version__),
+            "settings": {k: v for k, v in vars(self.args).items() if k not in OF_THIS_START}}
 
     @property
     def epoch(self):
@@ -355,7 +362,9 @@ class Run:
 def pack_cursor(cursor):
     """A Cursor as plain numbers, which a weights_only checkpoint may hold."""
     def plain(v):
-        return {k: plain(x) for k, x in v.items()} if isinstance(v, dict) else [int(x) for x in v] if isinstance(v, np.ndarray) else v
+        if isinstance(v, dict):
+            return {k: plain(x) for k, x in v.items()}
+        return v.tolist() if isinstance(v, np.ndarray) else v
     return [cursor.iteration, cursor.position, plain(cursor.rng)]
 
 
@@ -385,7 +394,9 @@ def last_start(run_dir):
 
 def checkpoint_folder(run_dir):
     """Where a run saves: its folder, or the --checkpoint-path in its log."""
-    return run_dir if checkpoints(run_dir) else Path(last_start(run_dir).get("settings", {}).get("checkpoint_path", run_dir))
+    if checkpoints(run_dir):
+        return run_dir
+    return Path(last_start(run_dir).get("settings", {}).get("checkpoint_path", run_dir))
 
 
 def find_run(given):
@@ -403,7 +414,8 @@ def find_run(given):
         folders = run_folders(*([run_dir] if run_dir else Path("runs").glob(f"{preset}-*")))
         resume = next((f for f in folders if checkpoints(checkpoint_folder(f))), None)
         if resume is None:
-            raise UserError(f"--resume: no run with a checkpoint in {run_dir or f'runs/{preset}-*'}; name a run folder or a file")
+            raise UserError(f"--resume: no run with a checkpoint in {run_dir or f'runs/{preset}-*'}; name a run folder "
+                            f"or a file")
     return find_checkpoint(Path(resume)) if resume else (None, None, [])
 
 
@@ -424,7 +436,8 @@ def find_checkpoint(path):
             notes.append(str(e))
             continue
         if not {"settings", "m", "sums"} <= content.keys():
-            raise UserError(f"{file} holds weights, but no state of training; --resume needs a checkpoint that train.py wrote")
+            raise UserError(f"{file} holds weights, but no state of training; --resume needs a checkpoint of train.py, "
+                            f"--init takes weights")
         return content, file, [f"{note}; using {file.name}, the one before" for note in notes]
     raise UserError("; ".join(notes) or f"{path} holds no checkpoint (step_*.ckpt); name another, or begin a new run")
 
@@ -442,8 +455,8 @@ def about_data(split, test):
 def must_match(checkpoint, cfg, data):
     """Refuse to resume a run with another architecture or other data, by name."""
     if any(checkpoint[k] != data[k] for k in ("identity", "data_sha256")):
-        raise UserError(f"--data {' '.join(data['data'])} holds other puzzles than the run was trained on; leave it out or name "
-                        f"its data ({' '.join(checkpoint['data'])} then), or begin a new run")
+        raise UserError(f"--data {' '.join(data['data'])} holds other puzzles than the run was trained on; leave it out "
+                        f"or name its data ({' '.join(checkpoint['data'])} then), or begin a new run")
     for name, old in checkpoint["config"].items():
         new = getattr(cfg, name)
         if old != new:
@@ -472,7 +485,8 @@ def save(run, log, is_best=False):
             failed = True
             log.say(f"saving {path} failed ({e.strerror or e}); the older checkpoints are untouched")
     if run.world.agree(int(failed)) and args.on_save_error == "stop":
-        raise UserError(f"no checkpoint at step {run.step}: make room in {folder} and --resume, or use --on-save-error continue")
+        raise UserError(f"no checkpoint at step {run.step}: make room in {folder} and --resume, or use --on-save-error "
+                        f"continue")
 
 
 def write_bytes(path, content):
@@ -502,25 +516,28 @@ class Log:
     """log.jsonl, the console and, if asked for, wandb; silent on all ranks but the first."""
 
     def __init__(self, run_dir, args, rank, checkpoint=None):
-        self.file = self.wandb = None
+        self.file = self.wandb = self.began = None
         if rank:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         path, kept = run_dir / "log.jsonl", []
-        if checkpoint is not None:   # lines after it will be written again, and those of an evaluation that is still due
+        if checkpoint is not None:   # what comes after it will be written again, and an evaluation that is still due
             kept = [r for r in read_log(path) if r["step"] <= checkpoint["step"] and r["event"] != "result"
                     and not (checkpoint["eval_due"] and (r["event"], r["step"]) == ("val", checkpoint["step"]))]
+        self.began = kept[0].get("began") if kept else int(time.time())
         write_bytes(path, b"".join(json.dumps(r).encode() + b"\n" for r in kept))
         self.file = open(path, "ab", buffering=0)
         if args.wandb:
             import wandb
-            self.wandb = wandb.init(project=args.wandb, name=run_dir.name, config=vars(args), resume="allow", id=run_dir.name)
+            self.wandb = wandb.init(project=args.wandb, name=run_dir.name, config=vars(args), resume="allow",
+                                    id=f"{run_dir.name}-{self.began}")
 
     def write(self, event, step, **values):
-        """A line of the log, and train/* and val/* to wandb. On a full disk the line is lost, whole, and the run goes on."""
+        """A line of the log, and train/* and val/* to wandb. A full disk costs the line, all of it, not the run."""
         if not self.file:
             return
-        line, size = json.dumps({"event": event, "step": step, **values}).encode() + b"\n", os.fstat(self.file.fileno()).st_size
+        line = json.dumps({"event": event, "step": step, **values}).encode() + b"\n"
+        size = os.fstat(self.file.fileno()).st_size
         try:
             if self.file.write(line) < len(line):
                 raise OSError("disk full")
@@ -555,26 +572,31 @@ def read_log(path):
 def plot(run_dirs, out):
     """Loss and whole-puzzle accuracy over steps, training and validation, of one or several runs; a PNG."""
     from matplotlib.figure import Figure   # half a second: only where it is needed
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator
     fig = Figure(figsize=(12, 5), dpi=100)
-    axes = dict(zip(("loss", "score"), fig.subplots(1, 2, gridspec_kw=dict(left=0.06, right=0.98, bottom=0.11, top=0.92, wspace=0.15))))
+    fig.subplots_adjust(left=0.05, right=0.98, bottom=0.11, top=0.92, wspace=0.13)
+    axes = dict(zip(("loss", "score"), fig.subplots(1, 2)))
     for i, run_dir in enumerate(run_dirs):
         records = read_log(Path(run_dir) / "log.jsonl")
         if not any(r["event"] in ("train", "val") for r in records):
             raise UserError(f"{run_dir}/log.jsonl has no training lines to draw; name a run folder")
         regression = any("train/regression_loss" in r for r in records)
-        keys = {"loss": "regression_loss", "score": "within_tolerance"} if regression else {"loss": "lm_loss", "score": "exact_acc"}
+        names = ("regression_loss", "within_tolerance") if regression else ("lm_loss", "exact_acc")
         val = "val (EMA)" if last_start(run_dir).get("settings", {}).get("ema") else "val"
-        for panel, key in keys.items():
-            for split, label, style in (("train", "train", dict(lw=1, alpha=0.5)), ("val", val, dict(marker="o", lw=2))):
+        for panel, key in zip(axes, names):
+            for split, label, style in (("train", "train", dict(alpha=0.5)), ("val", val, dict(marker="o", lw=2))):
                 name = f"{split}/{key}"
                 points = [(r["step"], r[name]) for r in records if r["event"] == split and r.get(name) is not None]
-                axes[panel].plot(*zip(*points) if points else ((), ()), color=f"C{i}" if split == "train" or len(run_dirs) > 1 else "C1",
-                                 label=label if len(run_dirs) == 1 else f"{Path(run_dir).name}: {label}", **style)
-            axes[panel].set(xlabel="training step", ylabel=key, title=key)
+                if len(run_dirs) == 1:
+                    colour = "C0" if split == "train" else "C1"
+                else:
+                    colour, label = f"C{i}", f"{Path(run_dir).name}: {label}"
+                axes[panel].plot(*zip(*points) if points else ((), ()), color=colour, label=label, **style)
+            axes[panel].set(xlabel="training step", title=key)
     axes["loss"].set_yscale("log")
-    axes["loss"].yaxis.set_major_formatter(LogFormatter())
-    axes["loss"].yaxis.set_minor_formatter(LogFormatter())   # 1.2, not 1.2 x 10^0
+    axes["loss"].yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5, 7)))
+    axes["loss"].yaxis.set_major_formatter("{x:g}")
+    axes["loss"].yaxis.set_minor_formatter("{x:g}")
     axes["score"].set_ylim(-0.02, 1.02)
     for ax in axes.values():
         ax.grid(alpha=0.3)
@@ -653,16 +675,17 @@ def update(run, factor):
 
 
 def train_metrics(run):
-    """Means since the last log line, as train/...; the only place that waits for the device. Raises UserError on NaN."""
+    """Means since the last log line, as train/...; the one place that waits for the device. Raises UserError on NaN."""
     totals = run.world.sum(run.sums.clone()).tolist()
     bad = run.world.agree(int(run.nan_step))
     if bad:
-        raise UserError(f"the loss, a gradient or a weight is not finite at step {bad}; the last good checkpoint is kept: lower "
-                        f"--lr and --resume")
+        raise UserError(f"the loss, a gradient or a weight is not finite at step {bad}; the last good checkpoint is "
+                        f"kept: lower --lr and --resume")
     rows = max(1, run.step - run.logged_step) * run.args.global_batch_size
     names = metric_names(run.cfg)
     count = totals[0]
-    metrics = {f"train/{n}": v / count if count else None for n, v in zip(names[1:5], totals[1:5])}   # None: no row halted
+    # of the rows that halted, None where none did
+    metrics = {f"train/{n}": v / count if count else None for n, v in zip(names[1:5], totals[1:5])}
     metrics |= {f"train/{n}": v / rows for n, v in zip(names[5:], totals[5:])}
     metrics["train/loss"] = (totals[5] + 0.5 * (totals[6] + totals[7])) / rows
     metrics["train/count"] = count
@@ -670,7 +693,7 @@ def train_metrics(run):
 
 
 def evaluate(run, test, limit):
-    """val/... of the test split, by the averaged weights. Raises UserError, which lists the names, for an unknown --monitor."""
+    """val/... of the test split, by the averaged weights. Raises UserError, with the valid names, for --monitor."""
     run.with_ema()
     run.model.eval()
     results = scoring.evaluate(run.model, test, run.world, run.rows // run.args.grad_accum, limit=limit)
@@ -701,11 +724,12 @@ def sanity_checks(run, splits, log):
         inputs, labels, ids = arrays = split.gather(np.arange(min(rows, len(split))), size=rows)
         asked = ~np.isnan(labels).any(-1) if run.cfg.regression else labels != IGNORE
         if not asked.any():
-            raise UserError(f"{split.name}: the labels of the first {rows} rows are all ignored; build the dataset again")
+            raise UserError(f"{split.name}: all labels of the first {rows} rows are ignored; build the dataset again")
         if np.isnan(inputs).any():
             raise UserError(f"{split.name}: an input of the first {rows} rows is NaN; build the dataset again")
-        log.say(f"checked the first batch of {split.name}: inputs {inputs.shape} {inputs.dtype} in {inputs.min():.6g} .. "
-                f"{inputs.max():.6g}, labels {labels.shape} {labels.dtype}, {asked.mean():.0%} asked, puzzle rows {ids.min()} .. {ids.max()}")
+        log.say(f"checked the first batch of {split.name}: inputs {inputs.shape} {inputs.dtype} in {inputs.min():.6g} "
+                f".. {inputs.max():.6g}, labels {labels.shape} {labels.dtype}, {asked.mean():.0%} asked, puzzle rows "
+                f"{ids.min()} .. {ids.max()}")
     batch = Batch(*(torch.from_numpy(a).to(run.world.device) for a in (*arrays, np.zeros(rows, np.int32))))
     carry, logits, q = run.model.step(run.model.empty_carry(batch), batch, run.deltas[0])
     loss, _ = act_loss(run.cfg, carry, logits, q)
@@ -757,7 +781,8 @@ def train(run, split, test, log, total_steps):
     """The loop: step, log, save, evaluate, stop. Returns (the last val/... or None, what stopped it)."""
     args, world = run.args, run.world
     started, tick, outcome, reason = time.time(), time.perf_counter(), None, 0
-    bar = tqdm(total=total_steps, initial=run.step, disable=world.rank > 0, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=total_steps, initial=run.step, disable=world.rank > 0, unit="step", dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 20)
     with StopSignal() as stopper, bar:
         if run.eval_due:   # it was stopped while it evaluated
             outcome = evaluate_and_save(run, test, log, total_steps, stopper)
@@ -801,7 +826,8 @@ def evaluate_and_save(run, test, log, total_steps, stopper):
     metrics = evaluate(run, test, run.args.eval_limit)
     stopper.at_once = run.eval_due = False
     log.write("val", run.step, epoch=run.epoch, **metrics)
-    log.say(f"step {run.step}/{total_steps}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float)))
+    shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+    log.say(f"step {run.step}/{total_steps}: {shown}")
     save(run, log, is_best(run, metrics))
     if run.world.rank == 0:
         draw(log, plot, [run.args.run_dir], Path(run.args.checkpoint_path) / "train_vs_val.png")
@@ -821,8 +847,8 @@ def log_step(run, log, bar, metrics, lr):
     dt_ms = 1000 * (run.train_s - run.logged_s) / (run.step - run.logged_step)
     log.write("train", run.step, epoch=run.epoch, **{"train/lr": lr}, **metrics, dt_ms=dt_ms)
     score = "within_tolerance" if run.cfg.regression else "exact_acc"
-    right = metrics[f"train/{score}"]
-    bar.set_postfix_str(f"loss {metrics['train/loss']:.3f} {score} {'-' if right is None else f'{right:.3f}'} {dt_ms:.0f} ms")
+    right = "-" if metrics[f"train/{score}"] is None else f"{metrics[f'train/{score}']:.3f}"
+    bar.set_postfix_str(f"loss {metrics['train/loss']:.3f} {score} {right} {dt_ms:.0f} ms")
     run.logged_step, run.logged_s = run.step, run.train_s
     run.sums.zero_()
 
@@ -995,8 +1021,8 @@ def prepare_run(args, checkpoint, notes, world):
         args.run_dir = world.gather_objects(new_run_dir(args.preset) if world.rank == 0 else None)[0]
     args.checkpoint_path = args.checkpoint_path or args.run_dir
     if checkpoint is None and checkpoints(args.checkpoint_path):
-        raise UserError(f"{args.checkpoint_path} holds the checkpoints of a run; go on with --resume {args.checkpoint_path}, or name "
-                        f"another --run-dir")
+        raise UserError(f"{args.checkpoint_path} holds the checkpoints of a run; go on with --resume "
+                        f"{args.checkpoint_path}, or name another --run-dir")
     start = checkpoint or (args.init and first_weights(args.init, cfg, data))
     run = Run(args, cfg, world, start, meta["total_groups"] * meta["mean_puzzle_examples"])
     run.data = data
@@ -1012,9 +1038,9 @@ def prepare_run(args, checkpoint, notes, world):
         compile_model(run.model, args.compile_unit)
     table = run.model.puzzle_emb.numel()
     n_params = sum(p.numel() for p in run.model.parameters())
-    log.write("start", run.step, command=shlex.join(sys.argv), git=git_hash(), settings=vars(args), config=asdict(cfg), notes=notes,
-              torch=torch.__version__, device=str(world.device), ranks=world.size, job=os.environ.get("TORCHELASTIC_RUN_ID"),
-              total_steps=total_steps,
+    log.write("start", run.step, command=shlex.join(sys.argv), git=git_hash(), settings=vars(args), config=asdict(cfg),
+              notes=notes, began=log.began, job=os.environ.get("TORCHELASTIC_RUN_ID"), torch=torch.__version__,
+              device=str(world.device), ranks=world.size, total_steps=total_steps,
               parameters=n_params, parameters_with_puzzle_table=n_params + table)
     log.say(f"{args.run_dir}: {n_params:,} parameters, {n_params + table:,} with the puzzle table; {total_steps:,} steps of "
             f"{args.global_batch_size} rows on {world.size} x {world.device.type}, {cfg.dtype}")
@@ -1054,7 +1080,7 @@ def main(argv=None):
         world = scoring.start_world(flags.device, flags.dist_timeout)
         code = run_preset(*settings(argv, world), world)
     except (UserError, OSError):
-        if int(os.environ.get("RANK", 0)):   # mostly all ranks have the same to say: rank 0 does, and torchrun ends the others
+        if int(os.environ.get("RANK", 0)):   # mostly rank 0 says the same, and then torchrun ends this one
             time.sleep(2)
         raise
     world.close()
@@ -1084,7 +1110,7 @@ def run_preset(args, checkpoint, notes, world):
             log.say(f"stopped by {signal.Signals(reason).name} at step {run.step}; go on with --resume {args.run_dir}")
             return 128 + reason
         metrics = metrics or evaluate(run, test, args.eval_limit)   # none: it was resumed at its end
-        finished = run.step >= total_steps or run.cursor.iteration > iterations(args)   # not, where --max-steps stopped it
+        finished = run.step >= total_steps or run.cursor.iteration > iterations(args)   # not: stopped by --max-steps
         finish(run, test, log, {k.removeprefix("val/"): v for k, v in metrics.items()}, finished, time.time() - began)
     finally:
         log.close()

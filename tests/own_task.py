@@ -31,7 +31,7 @@ def turn(rng, *arrays):
 def main(argv=None):
     rng = np.random.default_rng(0)
     splits = {"train": boards(rng, 1000), "test": boards(rng, 500)}
-    write_dataset((argv or sys.argv[1:])[0], splits, vocab_size=4, augment=turn, num_aug=7)
+    write_dataset((argv or sys.argv[1:] or ["data/flood"])[0], splits, vocab_size=4, augment=turn, num_aug=7)
 
 
 if __name__ == "__main__":

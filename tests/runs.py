@@ -26,7 +26,7 @@ TIMINGS = {"train_s", "logged_s", "dt_ms", "settings", "line"}
 
 
 def write_boards(folder, groups=20, seed=0, vocab_size=6, shift=0):
-    """A dataset of 4x4 Sudoku boards in groups of two puzzles, each of one to three examples, with an identifier each."""
+    """A dataset of 4x4 Sudoku boards in groups of two puzzles with an identifier and one to three examples each."""
     rng = np.random.default_rng(seed)
     solved = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
 
@@ -66,13 +66,15 @@ def last(run_dir):
 def unlike(a, b, name=""):
     """Names of what differs, bit for bit, between two checkpoints or two logs; timings do not count."""
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = (a.keys() | b.keys()) - TIMINGS
-        return [n for k in sorted(keys, key=str) for n in (unlike(a[k], b[k], f"{name}/{k}") if k in a and k in b else [f"{name}/{k}"])]
+        keys = sorted((a.keys() | b.keys()) - TIMINGS, key=str)
+        one_only = [f"{name}/{k}" for k in keys if (k in a) != (k in b)]
+        return one_only + [n for k in keys if k in a and k in b for n in unlike(a[k], b[k], f"{name}/{k}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         return [n for i, (x, y) in enumerate(zip(a, b)) for n in unlike(x, y, f"{name}[{i}]")]
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype == b.dtype and torch.equal(a, b)
-        return [] if same else [f"{name} by {(a.double() - b.double()).abs().max():.3g}" if a.shape == b.shape else name]
+        if a.dtype == b.dtype and torch.equal(a, b):
+            return []
+        return [f"{name} by {(a.double() - b.double()).abs().max():.3g}" if a.shape == b.shape else name]
     return [] if type(a) is type(b) and a == b else [f"{name}: {str(a)[:60]} != {str(b)[:60]}"]
 
 
@@ -97,8 +99,9 @@ def count_events(act):
             act(f"after {name}", next(number))
             return result
         setattr(owner, name, wrapped)
-    for owner, name in ((train, "backward"), (train, "update"), (train, "train_metrics"), (train, "evaluate"), (train, "save_file"),
-                        (train, "mirror"), (train.Log, "write"), (os, "replace"), (torch, "save")):
+    for name in ("backward", "update", "train_metrics", "evaluate", "save_file", "mirror"):
+        wrap(train, name)
+    for owner, name in ((train.Log, "write"), (os, "replace"), (torch, "save")):
         wrap(owner, name)
 
 
@@ -117,7 +120,8 @@ def at(event, do):
 def child(rank, size, port, cwd, argv, event, number, output):
     """One rank. number: of a signal that it sends to itself at `event`; None: count the events into a file."""
     os.chdir(cwd)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
     file = os.open(f"{output}{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(file, 1), os.dup2(file, 2)
     torch.set_num_threads(1)
@@ -141,10 +145,12 @@ class Ranks:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.output = str(Path(tmp_path) / f"output{random.random()}-")
-        self.processes = [context.Process(target=child, args=(r, size, port, str(tmp_path), argv, *(hook if r == hooked else (None, None)),
-                                                              self.output), daemon=True) for r in range(size)]
-        for p in self.processes:
-            p.start()
+        self.processes = []
+        for rank in range(size):
+            event = hook if rank == hooked else (None, None)
+            args = (rank, size, port, str(tmp_path), argv, *event, self.output)
+            self.processes.append(context.Process(target=child, args=args, daemon=True))
+            self.processes[-1].start()
 
     def wait(self, timeout=60):
         """Exit codes; a process that outlives the timeout is killed and counts as None."""
@@ -168,5 +174,6 @@ def run_ranks(tmp_path, argv, size=1, hook=(None, None), hooked=0):
 
 def torchrun(*argv, launcher=(), script=ROOT / "train.py", **popen):
     """A process of torchrun with two ranks; stdout and stderr together."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *launcher, str(script), *map(str, argv)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *launcher, str(script)]
+    command += map(str, argv)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen)

@@ -444,15 +444,14 @@ def test_votes_and_ties_equal_naive_loop(seed, n):
     assert (result["puzzles"], result["inputs"]) == (2, 4)
 
 
-def test_votes_of_chunks_are_those_of_all_rows(monkeypatch):
+def test_votes_of_batches_are_those_of_all_rows():
     names, inputs, preds, _ = rows_of(tiny_subsets()["evaluation"], np.random.RandomState(3), 50)
     payloads = []
-    for chunk in (1, 7, 1000):
-        monkeypatch.setattr(scoring, "CHUNK", chunk)
+    for size in (1, 7, 1000):
         votes = ArcVotes(tiny_subsets()["evaluation"], names)
-        for i in range(0, 50, 5):
-            part = slice(i, i + 5)
-            votes.add(inputs[part], preds[part], np.zeros(5), np.arange(50)[part] + 1, np.arange(50)[part])
+        for i in range(0, 50, size):
+            rows = np.arange(i, min(50, i + size))
+            votes.add(inputs[rows], preds[rows], np.zeros(len(rows)), rows + 1, rows)
         payloads.append({name: list(value) for name, value in votes.payload().items()})
     assert payloads[0] == payloads[1] == payloads[2]
 
@@ -480,6 +479,5 @@ def test_no_votes_and_one_candidate():
 def test_foreign_test_row_is_refused():
     votes = ArcVotes({"a": {"test": [pair([[1]], [[2]])]}}, ["<blank>", "a"])
     row = arc.encode(np.array([[5]]))[None]
-    votes.add(row, row, np.zeros(1), np.array([1]), np.arange(1))
     with pytest.raises(data.UserError, match="puzzle a in test_puzzles.json"):
-        votes.payload()
+        votes.add(row, row, np.zeros(1), np.array([1]), np.arange(1))

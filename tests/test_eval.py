@@ -167,6 +167,12 @@ def test_rows_without_labels_do_not_count(tmp_path):
     assert scores.examples.tolist() == [0, 1, 3]
 
 
+def test_thinking_leaves_the_gradient_mode_alone(split):
+    inputs, _, ids = (torch.from_numpy(a) for a in split.gather(np.arange(2)))
+    for logits, q in scoring.think(model_of(), inputs, ids, 2):
+        assert torch.is_grad_enabled() and not logits.requires_grad and not q.requires_grad
+
+
 class NoSync(TorchDispatchMode):
     """Counts what makes the host wait for the device."""
     waits = 0
@@ -483,7 +489,7 @@ def test_published_table_of_another_size_is_refused(tmp_path, arc_dir):
     with pytest.raises(UserError, match="does not say --H-cycles and --L-cycles"):
         scoring.main(flags)
     flags += ["--H-cycles", "1", "--L-cycles", "1"]
-    with pytest.raises(UserError, match="puzzle table has 5 rows, .* has 10 identifiers; .*--reset-puzzle-emb"):
+    with pytest.raises(UserError, match="table has 5 rows, .* has 10 identifiers; .*--reset-puzzle-emb"):
         scoring.main(flags)
     with pytest.raises(UserError, match="unexpected|lacks|has unknown|do not fit"):
         content = torch.load(tmp_path / "step_1")

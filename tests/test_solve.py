@@ -54,7 +54,7 @@ def test_sudoku_is_solved_and_checked_by_the_rules(run, oracle, capsys):
     shown = ["".join(c for c in line[13:] if c.isdigit()) for line in lines[1:6] if "+" not in line]
     assert "".join(shown) == digits, printed
     assert "RIGHT: the answer is a legal Sudoku that keeps the givens" in printed
-    assert f"did not change after step {Oracle.needs(None, QUESTION)}" in printed and "q_halt +3.00" in printed
+    assert f"last changed at step {Oracle.needs(None, QUESTION)}" in printed and "q_halt +3.00" in printed
     assert "\033" not in printed and max(map(len, lines)) <= 80
     halted = solve(run, capsys, "--solve", text_of(QUESTION).replace(".", "0"), "--halt")
     assert f"steps {Oracle.needs(None, QUESTION)}, " in halted
@@ -154,7 +154,7 @@ def test_maze_from_a_text_file(tmp_path, capsys, monkeypatch):
             yield torch.nn.functional.one_hot(torch.from_numpy(board[None]).long(), 6).float(), torch.full((1, 2), float(step))
     monkeypatch.setattr(scoring, "think", think)
     printed = solve(run, capsys, "--solve", str(tmp_path / "maze.txt"), "--png", str(tmp_path / "m.png"))
-    assert "RIGHT: the answer is a shortest path" in printed and "did not change after step 2" in printed
+    assert "RIGHT: the answer is a shortest path" in printed and "last changed at step 2" in printed
     assert printed.splitlines()[1].startswith("#" * 10) and png_width(tmp_path / "m.png") == 1200
 
 
@@ -176,7 +176,7 @@ def test_unknown_task_is_answered_from_the_mean_row(tmp_path, arc_dir, capsys):
     run = save_run(tmp_path / "run", split, arc_model(split))
     printed = solve(run, capsys, "--solve", write_task(tmp_path), "--augment", "2", "--gif", str(tmp_path / "t.gif"), "--png",
                     str(tmp_path / "t.png"), code=1)
-    assert "not in the checkpoint's puzzle table" in printed and "of 3 votes" in printed and "test input 1:" in printed
+    assert "has no row in the checkpoint's table" in printed and "of 3 votes" in printed and "test input 1:" in printed
     assert printed.count("WRONG") == 1 and png_width(tmp_path / "t.png") == 1200 and frames(tmp_path / "t.gif")[1] == 1200
 
 
