@@ -29,7 +29,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import DIHEDRAL_INVERSE, HelpFormatter, Split, UserError, cli, dihedral, prefetch, write_json
-from model import IGNORE, Batch, CheckpointError, Config, act_loss, build, compile_model, from_published, load_file, \
+from model import IGNORE, Batch, Config, act_loss, build, compile_model, compiler_lacks, from_published, load_file, \
     metric_names, regression_rows, save_file, to_published, token_rows
 from prepare import arc, maze, sudoku
 from prepare.arc import ORIGINAL, TO_TOKEN, crop, parse_name
@@ -1040,7 +1040,8 @@ def full_evaluation(args, world, model, split, effort, path, output):
     size = args.batch_size or (768 if world.device.type == "cuda" else max(1, 2 ** 12 // cfg.length))
     n_params = sum(p.numel() for p in model.parameters())
     flops = 2 * n_params * cfg.length * cfg.H_cycles * (cfg.L_cycles + 1) * effort.of(cfg) * len(examples) / world.size
-    if args.compile or args.compile is None and (world.device.type == "cuda" or flops > LONG):
+    long_work = (world.device.type == "cuda" or flops > LONG) and not compiler_lacks(world.device)
+    if args.compile or args.compile is None and long_work:
         compile_model(model)
     about = {"supervision steps": effort.of(cfg), "parameters": n_params,
              "with puzzle table": n_params + model.puzzle_emb.numel(), "device": f"{world.size} x {world.device.type}",
@@ -1163,8 +1164,6 @@ def main(argv=None):
     world = start_world(args.device, 7200)  # seconds: rank 0 downloads and builds while the others wait
     try:
         return run(args, world)
-    except CheckpointError as e:
-        raise UserError(str(e)) from None
     finally:
         world.close()
 

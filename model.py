@@ -18,6 +18,8 @@ import hashlib
 import math
 import os
 import pickle
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -403,6 +405,15 @@ def act_loss(cfg, carry, logits, q, continue_target=None):
                                carry.steps.float()))
         sums = torch.cat((per_row @ scored, torch.stack((row_loss.sum(), q_halt_loss, q_continue_loss)).float()))
     return loss, sums
+
+
+def compiler_lacks(device):
+    """What torch.compile lacks for this device, in words, or "" when it lacks nothing: on a CPU it writes C++."""
+    if device.type != "cpu":
+        return ""
+    lacks = [] if any(map(shutil.which, ("c++", "g++", "clang++", "cl"))) else ["a C++ compiler"]
+    lacks += [] if Path(sysconfig.get_path("include"), "Python.h").exists() else ["Python.h (Debian: python3-dev)"]
+    return " and ".join(lacks)
 
 
 def compile_model(model, unit="net", backend="inductor"):

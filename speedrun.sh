@@ -106,12 +106,12 @@ on_all_gpus() {  # on_all_gpus SCRIPT [flags]
   run "$PY" "$@"
 }
 
-result() {  # result RUN_DIR: the RESULT line of its log; fails when there is none, or it stands before the last step
+result() {  # result RUN_DIR: the RESULT line of its log; fails when there is none, or the run was cut short
   "$PY" -c 'if True:
     import json, sys
     log = [json.loads(line) for line in open(sys.argv[1])]
     print(log[-1]["line"])
-    assert log[-1]["step"] == [r for r in log if r["event"] == "start"][-1]["total_steps"]
+    assert log[-1]["finished"]
   ' "$1/log.jsonl" 2>/dev/null
 }
 

@@ -26,13 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import eval as scoring
 from data import Cursor, HelpFormatter, Split, UserError, cli, exploration, prefetch, training_order
-from model import IGNORE, LOG_PROBS, SCORE_MODS, TRM, Batch, Carry, CheckpointError, Config, act_loss, build, compile_model, \
-    load_file, metric_names, save_file, swiglu_width
+from model import IGNORE, LOG_PROBS, SCORE_MODS, TRM, Batch, Carry, CheckpointError, Config, act_loss, build, \
+    compile_model, compiler_lacks, load_file, metric_names, save_file, swiglu_width
 
 # What each task changes (SPEC: the paper's Table and the 8-GPU reproduction). A flag on the command line wins.
 SUDOKU = dict(data=["data/sudoku-extreme-1k-aug-1000"], epochs=50_000, eval_interval=5_000, weight_decay=1.0,
@@ -719,7 +718,7 @@ def sanity_checks(run, splits, log):
     """First batch of every split, a forward and a backward, an evaluation, before hours are spent. Raises UserError."""
     rows = run.rows // run.args.grad_accum
     for split in reversed(splits):   # the training batch comes last, and is used below
-        for line in split.check():
+        for line in split.check() if run.world.rank == 0 else ():   # reads all of it
             log.say(f"checked {line}")
         inputs, labels, ids = arrays = split.gather(np.arange(min(rows, len(split))), size=rows)
         asked = ~np.isnan(labels).any(-1) if run.cfg.regression else labels != IGNORE
@@ -1034,7 +1033,10 @@ def prepare_run(args, checkpoint, notes, world):
         checkpoint.clear()   # it may be gigabytes
         log.say(f"resumed from {args.resume} at step {run.step}"
                 + ("" if run.carries else "; it holds no carry: every row begins a new puzzle"))
-    if args.compile:
+    lacks = compiler_lacks(world.device)
+    if args.compile and lacks:
+        log.say(f"not compiled, which is slower: this machine lacks {lacks}")
+    elif args.compile:
         compile_model(run.model, args.compile_unit)
     table = run.model.puzzle_emb.numel()
     n_params = sum(p.numel() for p in run.model.parameters())

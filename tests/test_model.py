@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from model import IGNORE, TRM, Batch, CastOnce, Config, act_loss, attend, log_stablemax, rms_norm, rotate, rope_tables, \
+from model import IGNORE, TRM, Batch, CastOnce, Config, act_loss, attend, compiler_lacks, log_stablemax, \
     sudoku_score_mod, swiglu_width, trunc_normal
 
 
@@ -318,3 +318,14 @@ def test_tiny_model_learns_eight_puzzles():
             if right == 1:
                 return
     raise AssertionError(f"after 300 steps {right:.2f} of 8 puzzles are right")
+
+
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "C++ compiler" in compiler_lacks(cpu) and compiler_lacks(torch.device("cuda")) == ""
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert "Python.h" in compiler_lacks(cpu)
+    (tmp_path / "Python.h").touch()
+    assert compiler_lacks(cpu) == ""

@@ -227,11 +227,11 @@ def test_big_job(copy, preset):
 
 
 def test_finished_is_skipped_and_stopped_is_resumed(copy):
-    start = '{"event": "start", "step": 0, "total_steps": 9}\n'
-    result = '{"event": "result", "step": %d, "line": "RESULT %s"}\n'
-    for job, log in {"sudoku": start + result % (9, "of sudoku"),
-                     "sudoku-att": start + result % (5, "of a part"),  # stopped by --max-steps
-                     "maze": start + result % (9, "of maze") + '{"torn',
+    start = '{"event": "start", "step": 0}\n'
+    result = '{"event": "result", "step": 9, "finished": %s, "line": "RESULT %s"}\n'
+    for job, log in {"sudoku": start + result % ("true", "of sudoku"),
+                     "sudoku-att": start + result % ("false", "of a part"),  # stopped by --max-steps
+                     "maze": start + result % ("true", "of maze") + '{"torn',
                      "arc1": start}.items():
         copy.write(f"runs/speedrun-{job}/log.jsonl", log)
         if job != "arc1":  # it was stopped before its first checkpoint
