@@ -50,7 +50,8 @@ PRESETS = {
 }
 # Shapes of the presets' data, for --bench and for estimates on a machine that does not have it.
 SHAPES = {"mini": (8, 36, 1, 1000, 1.0), "sudoku": (11, 81, 1, 1000, 1.0), "sudoku-att": (11, 81, 1, 1000, 1.0),
-          "maze": (6, 900, 1, 1000, 1.0), "arc1": (12, 900, 876_406, 960, 4.1458), "arc2": (12, 900, 1_191_730, 1280, 4.0)}
+          "maze": (6, 900, 1, 1000, 1.0), "arc1": (12, 900, 876_406, 960, 4.1458),
+          "arc2": (12, 900, 1_191_730, 1280, 4.354)}
 SHAPE_KEYS = ("vocab_size", "seq_len", "num_puzzle_identifiers", "total_groups", "mean_puzzle_examples")
 LIMIT_REACHED = 1   # why a run stops: this, or the number of a signal
 MATTERS = ("preset", "global_batch_size", "seed", "eval_interval")  # with the Config: cannot change on resume
@@ -229,9 +230,10 @@ class Flat:
             end += -(-p.numel() // 64) * 64
         self.data = torch.zeros(end, device=model.y0.device)
         self.grad = torch.zeros_like(self.data)
-        for (name, p), view, grad in zip(self.params.items(), self.views(self.data).values(), self.views(self.grad).values()):
-            view.copy_(p.detach())
-            p.data, p.grad = view, grad
+        data, grad = self.views(self.data), self.views(self.grad)
+        for name, p in self.params.items():
+            data[name].copy_(p.detach())
+            p.data, p.grad = data[name], grad[name]
 
     def views(self, buffer):
         """{parameter name: its part of a buffer of this layout}"""
@@ -607,7 +609,8 @@ def plot(run_dirs, out):
 
 
 def git_hash():
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                           cwd=Path(__file__).parent)
     return found.stdout.strip() or None
 
 
@@ -627,7 +630,8 @@ def stream(split, args, world, cursor, step):
         epochs = min(args.eval_interval, args.epochs - (cursor.iteration - 1) * args.eval_interval)
         for examples, puzzles, cursor in training_order(split, args.seed, epochs, args.global_batch_size, cursor):
             step += 1
-            explore = exploration(args.seed, step, args.global_batch_size, args.halt_exploration_prob, args.halt_max_steps)
+            explore = exploration(args.seed, step, args.global_batch_size, args.halt_exploration_prob,
+                                  args.halt_max_steps)
             arrays = (*split.gather(examples[mine], puzzles[mine]), explore[mine])
             batch = Batch(*(torch.from_numpy(a) for a in arrays))
             yield Batch(*(t.pin_memory() for t in batch)) if world.device.type == "cuda" else batch, cursor
@@ -867,8 +871,9 @@ def estimate_without_gpu(args, cfg, meta, device):
         update(run, 1.0)
         seconds.append(time.perf_counter() - start)
     step = min(seconds) * args.global_batch_size / rows
-    raise UserError(f"no GPU here: {args.preset} takes {total:,} steps of about {step:.0f} s on this {device.type} (estimated from "
-                    f"{rows} rows in {min(seconds):.2f} s), {step * total / 86400:,.0f} days; add --allow-cpu to do it all the same, "
+    raise UserError(f"no GPU here: {args.preset} takes {total:,} steps of about {step:.0f} s on this {device.type} "
+                    f"(estimated from {rows} rows in {min(seconds):.2f} s), {step * total / 86400:,.0f} days; add "
+                    f"--allow-cpu to do it all the same, "
                     f"or try --preset mini")
 
 
@@ -979,7 +984,8 @@ def bench(args, world, n):
            "compile": args.compile_unit if args.compile else None, "hidden_size": cfg.hidden_size,
            "global_batch_size": args.global_batch_size, "ms_per_step": 1000 * step_s, "first_step_s": first_s,
            "rows_per_s": args.global_batch_size / step_s, "gflop_per_row": step_flops(cfg)[1] / 1e9,
-           "counted_gflop_per_row": counted_flops(cfg)[1] / 1e9, "tflops": flops / step_s / 1e12, "peak_tflops": peak / 1e12,
+           "counted_gflop_per_row": counted_flops(cfg)[1] / 1e9, "tflops": flops / step_s / 1e12,
+           "peak_tflops": peak / 1e12,
            "share_of_peak": flops / step_s / peak, "peak_memory_gib": memory / 2 ** 30,
            "forward_ms": 1000 * forward_s, "backward_ms": 1000 * (step_s - forward_s - update_s),
            "optimizer_ms": 1000 * update_s, "data_ms": 1000 * data_s, "steps": n, "git": git_hash()}
@@ -991,7 +997,9 @@ def bench(args, world, n):
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} x {platform.machine()} {device.type}"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} x {platform.machine()} {device.type}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1096,7 +1104,8 @@ def run_preset(args, checkpoint, notes, world):
     if args.bench:
         bench(args, world, args.bench)
         return 0
-    if world.device.type == "cpu" and args.preset != "mini" and not args.allow_cpu and args.data == PRESETS[args.preset]["data"]:
+    big = args.preset != "mini" and args.data == PRESETS[args.preset]["data"]
+    if big and world.device.type == "cpu" and not args.allow_cpu:
         shape = dict(zip(SHAPE_KEYS, SHAPES[args.preset]))
         estimate_without_gpu(args, config_of(args, shape), shape, world.device)
     if args.data == PRESETS["mini"]["data"] and not Path(args.data[0]).exists():
