@@ -973,10 +973,10 @@ def bench(args, world, n):
     step_s = float(np.median(steps))
     forward_s = float(np.median(seconds_of(forward, max(3, n // 3), world.device)))
     update_s = float(np.median(seconds_of(lambda: update(run, 0.0), max(3, n // 3), world.device)))
-    data_s = float("nan")
+    data_ms = None   # without the dataset
     if dataset:
         source = stream(dataset, args, world, Cursor(), 0)
-        data_s = float(np.median(seconds_of(lambda: next(source), n, world.device)))
+        data_ms = 1000 * float(np.median(seconds_of(lambda: next(source), n, world.device)))
     flops, peak = step_flops(cfg)[1] * run.rows, float(np.median(peaks))
     memory = (torch.cuda.max_memory_allocated() if world.device.type == "cuda"
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
@@ -988,7 +988,7 @@ def bench(args, world, n):
            "peak_tflops": peak / 1e12,
            "share_of_peak": flops / step_s / peak, "peak_memory_gib": memory / 2 ** 30,
            "forward_ms": 1000 * forward_s, "backward_ms": 1000 * (step_s - forward_s - update_s),
-           "optimizer_ms": 1000 * update_s, "data_ms": 1000 * data_s, "steps": n, "git": git_hash()}
+           "optimizer_ms": 1000 * update_s, "data_ms": data_ms, "steps": n, "git": git_hash()}
     if world.rank == 0:
         for key, value in row.items():
             print(f"{key:>24}  {value:.4g}" if isinstance(value, float) else f"{key:>24}  {value}")
