@@ -33,7 +33,7 @@ from data import Cursor, HelpFormatter, Split, UserError, cli, exploration, pref
 from model import IGNORE, LOG_PROBS, SCORE_MODS, TRM, Batch, Carry, CheckpointError, Config, act_loss, build, \
     compile_model, compiler_lacks, load_file, metric_names, save_file, swiglu_width
 
-# What each task changes (SPEC: the paper's Table and the 8-GPU reproduction). A flag on the command line wins.
+# What each task changes (the 8-GPU reproduction's settings). A flag on the command line wins.
 SUDOKU = dict(data=["data/sudoku-extreme-1k-aug-1000"], epochs=50_000, eval_interval=5_000, weight_decay=1.0,
               puzzle_emb_weight_decay=1.0, puzzle_emb_lr=1e-4)
 ARC = dict(epochs=100_000, eval_interval=5_000)
@@ -895,7 +895,7 @@ def step_flops(cfg):
     """(forward, training step) FLOPs of one row and supervision step by formula; multiply-add = 2, matrix products only.
 
     A net costs twice its multiply-adds; T (n + 1) nets go forward, and backward costs the last n + 1 twice more."""
-    D, L, S, P = cfg.hidden_size, cfg.length, cfg.seq_len, cfg.puzzle_emb_len
+    D, L, S = cfg.hidden_size, cfg.length, cfg.seq_len
     mixer = 3 * D * L * swiglu_width(L, cfg.expansion) if cfg.mixer == "mlp" else 4 * L * D * D + 2 * L * L * D
     net = 2 * cfg.num_layers * (mixer + 3 * L * D * swiglu_width(D, cfg.expansion))
     ends = 2 * S * D * (cfg.input_dim or cfg.vocab_size) + 2 * S * D * (cfg.target_dim or cfg.vocab_size) + 4 * D

@@ -326,7 +326,7 @@ def warn_of_leaks(train, test):
 
 
 def build(source, output_dir, subsets, test_set_name, num_aug, seed):
-    """Write the dataset of SPEC section 8 from Kaggle-layout files into output_dir. Raises UserError."""
+    """Write a dataset in the published layout from Kaggle-layout files into output_dir. Raises UserError."""
     word = words(seed).__next__
     loaded = [load_subset(source, subset) for subset in subsets]        # all before drawing: bad input shows at once
     train, test, test_puzzles = [], [], {}

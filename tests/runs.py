@@ -2,11 +2,9 @@
 
 A forked run begins with torch imported, and a hook can end it at any event, so that a test of 20 crashes takes seconds.
 """
-import json
 import multiprocessing
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys

@@ -1,8 +1,6 @@
 """Two gloo ranks: the same as one process, under torchrun, and when one of them dies."""
-import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch

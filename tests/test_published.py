@@ -1,5 +1,4 @@
 """Agreement with the published code: the figures in tests/golden/model_*.npz were made by running it."""
-import argparse
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 
 import eval as scoring
 import train
-from model import Batch, CheckpointError, Config, act_loss, from_published, build, metric_names, published_names, \
+from model import Batch, CheckpointError, act_loss, from_published, build, metric_names, published_names, \
     to_published, PREFIX
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -90,7 +89,7 @@ def test_three_training_steps_agree(name):
     d, c, state = load(name)
     run = run_of(c, state, model_of(c, state))
     names = published_names(run.cfg)
-    G, params = c["batch_size"], dict(run.model.named_parameters())
+    params = dict(run.model.named_parameters())
     previous = torch.zeros_like(run.sums)
     for i in range(3):
         train.backward(run, batch_of(d, i))

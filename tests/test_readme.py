@@ -1,5 +1,4 @@
 """Every command in README.md and REPORT.md is parsed by the parser that it will meet."""
-import argparse
 import re
 import shlex
 import subprocess

@@ -1,5 +1,4 @@
 """A run that is killed, preempted, moved, resumed on another machine or finds its files damaged."""
-import json
 import os
 import random
 import resource
@@ -12,7 +11,7 @@ import torch
 
 import train
 from data import UserError
-from runs import Ranks, flags, last, log_of, run_ranks, same_run, steps_of, unlike, write_boards
+from runs import flags, last, log_of, run_ranks, same_run, steps_of, unlike, write_boards
 
 KINDS = [("float32", 1), ("bfloat16", 1), ("float32", 2), ("bfloat16", 2)]
 
