@@ -6,6 +6,7 @@
     python eval.py --checkpoint RUN --solve "53..7...."   a Sudoku; or a file
 """
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -29,7 +30,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import DIHEDRAL_INVERSE, HelpFormatter, Split, UserError, cli, dihedral, prefetch, write_json
-from model import IGNORE, Batch, Config, act_loss, build, compile_model, compiler_lacks, from_published, load_file, \
+from model import IGNORE, TRM, Batch, Config, act_loss, build, compile_model, compiler_lacks, from_published, load_file, \
     metric_names, regression_rows, save_file, to_published, token_rows
 from prepare import arc, maze, sudoku
 from prepare.arc import ORIGINAL, TO_TOKEN, crop, parse_name
@@ -100,12 +101,23 @@ def choose_device(name, local_rank=0):
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
+def keep_freed_memory():
+    """Have glibc's malloc keep large blocks that are freed, and hand them out again. By default it returns them to the
+    system, and every step of a CPU pays for the pages anew (REPORT.md). Without effect on other C libraries."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-4, 0)      # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, -1)     # M_TRIM_THRESHOLD: the heap never shrinks
+
+
 def start_world(device, timeout_s):
     """Join the other processes when torchrun started this one (it sets RANK, WORLD_SIZE and LOCAL_RANK)."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if size > 1:
         timeout = timedelta(seconds=timeout_s)
         with peers():
@@ -1034,13 +1046,18 @@ def choose_examples(split, limit, max_aug):
     return examples, ", ".join(part) or None
 
 
+def default_rows(cfg, device):
+    """Rows of a batch of evaluation on one rank."""
+    return 768 if device.type == "cuda" else max(1, 2 ** 12 // cfg.length)
+
+
 LONG = 3e13     # FLOPs that take a CPU minutes: then compiling pays
 
 
 def full_evaluation(args, world, model, split, effort, path, output):
     """All that is measured on a split, as results.json holds it (rank 0, which also writes the other files)."""
     cfg, (examples, part) = model.cfg, choose_examples(split, args.limit, args.max_aug)
-    size = args.batch_size or (768 if world.device.type == "cuda" else max(1, 2 ** 12 // cfg.length))
+    size = args.batch_size or default_rows(cfg, world.device)
     n_params = sum(p.numel() for p in model.parameters())
     flops = 2 * n_params * cfg.length * cfg.H_cycles * (cfg.L_cycles + 1) * effort.of(cfg) * len(examples) / world.size
     long_work = (world.device.type == "cuda" or flops > LONG) and not compiler_lacks(world.device)
@@ -1090,6 +1107,48 @@ def full_evaluation(args, world, model, split, effort, path, output):
             "effort": effort._asdict(), "data": [str(d) for d in split.dirs], "identity": split.identity}
 
 
+def bench(args, world, n):
+    """As train.py --bench: time n passes of all supervision steps over one batch, random puzzles and weights."""
+    import train
+    from torch.utils.flop_counter import FlopCounterMode
+    began, device = time.perf_counter(), world.device
+    preset = args.preset or "mini"
+    settings = train.settings(["--preset", preset])[0]
+    cfg = train.config_of(settings, dict(zip(train.SHAPE_KEYS, train.SHAPES[preset])))
+    changed = {k: getattr(args, k) for k in ("H_cycles", "L_cycles", "num_heads", "dtype") if getattr(args, k) is not None}
+    if cfg.dtype == "auto":
+        changed.setdefault("dtype", train.fastest_dtype(device))
+    cfg, effort = replace(cfg, num_puzzles=1, **changed), Effort(args.steps)
+    rows = args.batch_size or default_rows(cfg, device)
+    model = TRM(cfg, torch.Generator().manual_seed(0)).to(device).eval()
+    batch = [t.to(device) for t in train.synthetic_batch(cfg, rows)[:3]]
+
+    def evaluate_batch(net, inputs, labels, ids):
+        for logits, q in think(net, inputs, ids, effort.of(cfg)):
+            all_right(cfg, logits, labels)
+        return score_rows(cfg, logits, labels)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        evaluate_batch(TRM(cfg, None).eval(), *(t[:1].to("meta") for t in batch))
+    compiled = args.compile is not False and not compiler_lacks(device)
+    if compiled:
+        compile_model(model)
+    evaluate_batch(model, *batch)
+    train.wait(device)
+    first_s = time.perf_counter() - began
+    calls = {"pass": lambda: evaluate_batch(model, *batch)}
+    if all(Path(d).exists() for d in settings.data):
+        split = Split(settings.data, "test")
+        calls["data"] = lambda: split.gather(np.arange(min(rows, len(split))), size=rows)
+    times = train.median_ms(calls, n, device, model.dtype)
+    forward = train.step_flops(cfg)[0]
+    embed = 2 * cfg.seq_len * cfg.hidden_size * (cfg.input_dim or cfg.vocab_size)        # once a pass, not once a step
+    flops, counted = rows * (effort.of(cfg) * (forward - embed) + embed), rows * counter.get_total_flops()
+    figures = train.speed(cfg, world, rows, flops, counted, times["pass"], times["peak_tflops"])
+    train.report({"preset": preset, "what": f"evaluation, {effort.of(cfg)} steps", "compile": compiled, **figures,
+                  "first_pass_s": first_s, "data_ms": times.get("data"), "n": n}, world)
+    return 0
+
+
 # ---------------------------------------------------------------------------------------------
 # The command line
 
@@ -1132,6 +1191,8 @@ def parser():
     g.add_argument("--png", metavar="FILE", help="the same, side by side")
     g = p.add_argument_group("run")
     g.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="to run on")
+    g.add_argument("--bench", nargs="?", const=5, type=int, metavar="N", help="time N passes of a batch, and stop")
+    g.add_argument("--preset", metavar="P", help="of --bench: one of train.py's (default mini)")
     g.add_argument("--batch-size", type=int, metavar="N", help="of one rank (default: by device)")
     g.add_argument("--compile", action=onoff, help="torch.compile (default: on a GPU; on a CPU for long work)")
     return p
@@ -1141,17 +1202,17 @@ def check(args):
     """What flags must satisfy together. Raises UserError."""
     def flag(name):
         return "--" + name.replace("_", "-")
-    if bool(args.checkpoint) == bool(args.hf):
-        raise UserError("give one of --checkpoint and --hf")
+    if (bool(args.checkpoint) + bool(args.hf) + bool(args.bench)) != 1:
+        raise UserError("give one of --checkpoint, --hf and --bench")
     for name in ("limit", "show", "steps", "rollouts", "batch_size", "H_cycles", "L_cycles", "num_heads", "max_aug",
-                 "noise", "augment", "adapt"):
+                 "noise", "augment", "adapt", "bench"):
         value, low = getattr(args, name), int(name not in ("max_aug", "noise", "augment", "adapt"))
         if value is not None and value < low:
             raise UserError(f"{flag(name)} {value} is below {low}; raise it")
     if args.halt + (args.rollouts > 1) + (args.augment > 0) > 1:
         raise UserError("--halt, --rollouts and --augment: only one of them at once; leave the others out")
     for name, needed in (("gif", "solve"), ("png", "solve"), ("adapt", "solve"), ("adapt_all", "adapt"),
-                         ("halt_threshold", "halt")):
+                         ("halt_threshold", "halt"), ("preset", "bench")):
         if getattr(args, name) and not getattr(args, needed):
             raise UserError(f"{flag(name)} does nothing without {flag(needed)}; add it")
     if (args.rollouts > 1) != (args.noise > 0):
@@ -1166,7 +1227,7 @@ def main(argv=None):
     check(args)
     world = start_world(args.device, 7200)  # seconds: rank 0 downloads and builds while the others wait
     try:
-        return run(args, world)
+        return bench(args, world, args.bench) if args.bench else run(args, world)
     finally:
         world.close()
 

@@ -53,6 +53,7 @@ class Config:
     H_cycles: int = 3               # T
     L_cycles: int = 6               # n
     halt_max_steps: int = 16        # N_sup
+    train_max_steps: int = 0        # a puzzle leaves training after these, exploration aside; 0: halt_max_steps
     q_continue: bool = False        # also train q_continue, and halt when q_halt > q_continue
     loss: str = "stablemax"         # or "softmax"
     halt_tolerance: float = 0.01    # regression: a row is right when its mean squared error is below
@@ -121,18 +122,18 @@ def swiglu_over_positions(h, w_gate_up, w_down):
 
 
 def rope_tables(length, head_dim):
-    """cos and sin, each (L, head_dim) float32, base 10000; the first half rotates with the second."""
+    """cos and sin, each (L, head_dim) float32, base 10000; the first half rotates with the second, and so has the
+    sine negated."""
     freq = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), freq).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), freq)
+    return angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
 
 
 def rotate(q, cos, sin):
     """Rotate q (B, L, H, head_dim) in float32; returns q's dtype."""
     q32 = q.float()
-    first, second = q32.chunk(2, dim=-1)
-    half_turned = torch.cat((-second, first), dim=-1)
-    return (q32 * cos[:, None] + half_turned * sin[:, None]).to(q.dtype)
+    halves_swapped = q32.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (q32 * cos[:, None] + halves_swapped * sin[:, None]).to(q.dtype)
 
 
 def sudoku_score_mod(cfg):
@@ -164,13 +165,15 @@ def attend(q, k, v, score_mod=None):
     """
     if q.is_cuda and torch.compiler.is_compiling():
         return flex_attention(q, k, v, score_mod=score_mod)
-    if score_mod is None:
+    if score_mod is None and q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     B, H, L, head_dim = q.shape
-    b, h, i, j = (torch.arange(n, device=q.device) for n in (B, H, L, L))
-    scores = (q @ k.mT).float() / math.sqrt(head_dim)
-    scores = score_mod(scores, b[:, None, None, None], h[:, None, None], i[:, None], j)
-    return scores.softmax(-1).to(q.dtype) @ v
+    scores = (q / math.sqrt(head_dim) @ k.mT).float()                                     # (B, H, L, L)
+    if score_mod is not None:
+        b, h, i, j = (torch.arange(n, device=q.device) for n in (B, H, L, L))
+        scores = score_mod(scores, b[:, None, None, None], h[:, None, None], i[:, None], j)
+    weight = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    return (weight.to(q.dtype) @ v / weight.sum(-1, keepdim=True)).to(q.dtype)
 
 
 def attention(h, w_qkv, w_out, num_heads, rope, score_mod):
@@ -325,7 +328,7 @@ class TRM(nn.Module):
         y, z = self.improve(x, carry.y, carry.z)
         logits, q = self.heads(y)
         steps = carry.steps + 1
-        halted = steps >= cfg.halt_max_steps
+        halted = steps >= (cfg.train_max_steps if self.training and cfg.train_max_steps else cfg.halt_max_steps)
         if self.training and cfg.halt_max_steps > 1:
             wants_to_halt = q[:, 0] > (q[:, 1] if cfg.q_continue else 0)
             halted = (halted | wants_to_halt) & (steps >= batch.min_steps)
@@ -416,11 +419,12 @@ def compiler_lacks(device):
     return " and ".join(lacks)
 
 
-def compile_model(model, unit="net", backend="inductor"):
+def compile_model(model, unit="net", mode="default", backend="inductor"):
     """Compile one piece of the recursion in place: "net" (the piece that repeats: one small graph, applied
-    T * (n + 1) times), "cycle" (a whole round) or "step" (all rounds, the longest to compile)."""
+    T * (n + 1) times), "cycle" (a whole round) or "step" (all rounds, the longest to compile). mode: torch.compile's."""
     name = {"net": "net", "cycle": "cycle", "step": "improve"}[unit]
-    setattr(model, name, torch.compile(getattr(model, name), fullgraph=True, dynamic=False, backend=backend))
+    how = dict(mode=mode) if backend == "inductor" else {}
+    setattr(model, name, torch.compile(getattr(model, name), fullgraph=True, dynamic=False, backend=backend, **how))
 
 
 # ---------------------------------------------------------------------------------------------

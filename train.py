@@ -101,6 +101,7 @@ def parser(suppress=False):
     flag(g, "--H-cycles", 3, "T, rounds per supervision step")
     flag(g, "--L-cycles", 6, "n, latent updates per round")
     flag(g, "--halt-max-steps", 16, "N_sup, supervision steps")
+    flag(g, "--train-max-steps", 0, "the same in training (0: N_sup)")
     flag(g, "--halt-exploration-prob", 0.1, "draws a least number of steps")
     flag(g, "--halt-tolerance", 0.01, "regression: a row is right below it")
     flag(g, "--q-continue", False, "Q-learning halting (HRM)", **onoff)
@@ -141,6 +142,7 @@ def parser(suppress=False):
     flag(g, "--device", "auto", "to run on", choices=["auto", "cuda", "mps", "cpu"])
     flag(g, "--compile", True, "torch.compile", **onoff)
     flag(g, "--compile-unit", "net", "what is one graph", choices=["net", "cycle", "step"])
+    flag(g, "--compile-mode", "default", "GPU", choices=["default", "reduce-overhead", "max-autotune"])
     flag(g, "--dist-timeout", 600.0, "seconds until a dead rank ends the run")
     flag(g, "--allow-cpu", False, "train a big preset without a GPU", **onoff)
     flag(g, "--plot", None, "draw the curves of runs, and stop", nargs="+", metavar="RUN")
@@ -297,15 +299,26 @@ class Run:
         part = self.rows // args.grad_accum
         self.deltas = [torch.zeros(part, cfg.puzzle_emb_ndim, device=world.device, requires_grad=True)
                        for _ in range(args.grad_accum)]
-        self.carries = None
+        self.carries = self.batches = None     # one per part of the batch, at fixed addresses from the first step on
         self.sums = torch.zeros(len(metric_names(cfg)), device=world.device)   # since the last log line
         self.nan_step = torch.zeros((), dtype=torch.int64, device=world.device)
         self.cursor, self.data = Cursor(), {}
         self.step, self.logged_step, self.best, self.train_s, self.logged_s, self.eval_due = 0, 0, None, 0.0, 0.0, False
 
+    def hold(self, batch):
+        """Copy a batch into the buffers that every step reads: with them and the carry, which is overwritten in place,
+        a step finds everything at the same addresses, as CUDA graphs need."""
+        parts = [Batch(*part) for part in zip(*(t.chunk(self.args.grad_accum) for t in batch))]
+        if self.batches is None:
+            self.batches = [Batch(*(torch.empty_like(t, device=self.world.device) for t in part)) for part in parts]
+        for held, part in zip(self.batches, parts):
+            for buffer, t in zip(held, part):
+                buffer.copy_(t, non_blocking=True)
+        self.carries = self.carries or [self.model.empty_carry(b) for b in self.batches]
+
     def note(self, value):
         """Remember the first step at which a value was not finite; does not wait for the device."""
-        self.nan_step = torch.where((self.nan_step == 0) & ~value.isfinite(), self.step + 1, self.nan_step)
+        self.nan_step.copy_(torch.where((self.nan_step == 0) & ~value.isfinite(), self.step + 1, self.nan_step))
 
     def restore(self, checkpoint):
         """Everything but the weights, which the constructor took."""
@@ -622,8 +635,38 @@ def iterations(args):
     return -(-args.epochs // args.eval_interval)
 
 
-def stream(split, args, world, cursor, step):
-    """Yield (Batch on the CPU, cursor after it) for this rank, from a cursor on to the end of the run."""
+class Resident:
+    """The tokens of a whole split in the memory of a device, so that a step sends it no more than example numbers."""
+
+    def __init__(self, split, device):
+        self.ignore = split.meta["ignore_label_id"]
+        self.inputs, self.labels = (torch.empty(len(split), split.meta["seq_len"], dtype=torch.uint8, device=device)
+                                    for _ in range(2))
+        for source, start in zip(split.sources, split.offsets):
+            for field, whole in (("inputs", self.inputs), ("labels", self.labels)):
+                array = getattr(source, field)
+                for i in range(0, len(array), 1 << 16):
+                    part = torch.from_numpy(np.array(array[i:i + (1 << 16)]))
+                    whole[start + i:start + i + len(part)] = part.to(device)
+
+    @staticmethod
+    def fits(split, device):
+        """Whether it takes at most a quarter of the free memory of a GPU."""
+        if device.type != "cuda" or split.meta.get("input_dim") or split.meta["vocab_size"] > 256:
+            return False
+        return 8 * len(split) * split.meta["seq_len"] <= torch.cuda.mem_get_info(device)[0]
+
+    def batch(self, examples, puzzle_ids, min_steps):
+        """The Batch of the given examples (B,), on the device."""
+        labels = self.labels[examples].int()
+        if self.ignore is not None:
+            labels = torch.where(labels == self.ignore, IGNORE, labels)
+        return Batch(self.inputs[examples].int(), labels, puzzle_ids, min_steps)
+
+
+def stream(split, args, world, cursor, step, resident=None):
+    """Yield (tensors, cursor after them) for this rank, from a cursor on to the end of the run. The tensors, on the
+    CPU, are those of a Batch, or the arguments of resident.batch."""
     rows = args.global_batch_size // world.size
     mine = slice(world.rank * rows, (world.rank + 1) * rows)
     while cursor.iteration <= iterations(args):
@@ -632,25 +675,25 @@ def stream(split, args, world, cursor, step):
             step += 1
             explore = exploration(args.seed, step, args.global_batch_size, args.halt_exploration_prob,
                                   args.halt_max_steps)
-            arrays = (*split.gather(examples[mine], puzzles[mine]), explore[mine])
-            batch = Batch(*(torch.from_numpy(a) for a in arrays))
-            yield Batch(*(t.pin_memory() for t in batch)) if world.device.type == "cuda" else batch, cursor
+            examples, puzzles = examples[mine], puzzles[mine]
+            arrays = (examples, split.puzzle_identifiers[puzzles]) if resident else split.gather(examples, puzzles)
+            tensors = [torch.from_numpy(a) for a in (*arrays, explore[mine])]
+            yield [t.pin_memory() for t in tensors] if world.device.type == "cuda" else tensors, cursor
 
 
 def backward(run, batch):
     """Forward and backward of one training step on this rank; gradients and metric sums are added up in `run`."""
-    parts = zip(*(t.chunk(run.args.grad_accum) for t in batch))
-    carries = run.carries or [None] * run.args.grad_accum
-    new_carries = []
-    for part, carry, delta in zip(map(lambda p: Batch(*p), parts), carries, run.deltas):
-        carry, logits, q = run.model.step(carry or run.model.empty_carry(part), part, delta)
-        target = run.model.continue_target(carry) if run.cfg.q_continue else None
-        loss, sums = act_loss(run.cfg, carry, logits, q, target)
+    run.hold(batch)
+    torch.compiler.cudagraph_mark_step_begin()   # for --compile-mode reduce-overhead
+    for batch, carry, delta in zip(run.batches, run.carries, run.deltas):
+        new, logits, q = run.model.step(carry, batch, delta)
+        target = run.model.continue_target(new) if run.cfg.q_continue else None
+        loss, sums = act_loss(run.cfg, new, logits, q, target)
         (loss / run.args.global_batch_size).backward()
         run.sums += sums
         run.note(loss)
-        new_carries.append(carry)
-    run.carries = new_carries
+        for held, t in zip(carry, new):
+            held.copy_(t)
 
 
 def update(run, factor):
@@ -789,10 +832,12 @@ def train(run, split, test, log, total_steps):
     with StopSignal() as stopper, bar:
         if run.eval_due:   # it was stopped while it evaluated
             outcome = evaluate_and_save(run, test, log, total_steps, stopper)
-        for batch, cursor in prefetch(stream(split, args, world, run.cursor, run.step)):
+        resident = Resident(split, world.device) if Resident.fits(split, world.device) else None
+        make = resident.batch if resident else Batch
+        for tensors, cursor in prefetch(stream(split, args, world, run.cursor, run.step, resident)):
             if run.step >= min(total_steps, args.max_steps or total_steps):
                 break
-            batch = Batch(*(t.to(world.device, non_blocking=True) for t in batch))
+            batch = make(*(t.to(world.device, non_blocking=True) for t in tensors))
             factor = schedule(run.step + 1, total_steps, args.lr_warmup_steps, args.lr_min_ratio)
             backward(run, batch)
             update(run, factor)
@@ -944,56 +989,75 @@ def matmul_peak(device, dtype):
 
 def bench(args, world, n):
     """Time n training steps on this machine; prints a table and appends a line to bench.jsonl (rank 0)."""
+    began = time.perf_counter()
     shape = dict(zip(SHAPE_KEYS, SHAPES[args.preset]))
     dataset = Split(args.data, "train") if all(Path(d).exists() for d in args.data) else None
     cfg = config_of(args, dataset.meta if dataset else shape)
-    run = Run(args, cfg, world)
-    started = time.perf_counter()
-    if args.compile:
-        compile_model(run.model, args.compile_unit)
-    batch = Batch(*(t.to(world.device) for t in synthetic_batch(cfg, run.rows)))
+    run, device = Run(args, cfg, world), world.device
+    if args.compile and not compiler_lacks(device):
+        compile_model(run.model, args.compile_unit, args.compile_mode)
+    batch = synthetic_batch(cfg, run.rows)
 
     def step():
         backward(run, batch)
         update(run, 1.0)
 
     def forward():
-        part = Batch(*(t[:len(run.deltas[0])] for t in batch))
-        for carry, delta in zip(run.carries, run.deltas):
-            _, logits, q = run.model.step(carry, part, delta)
-            act_loss(cfg, carry, logits, q)
+        for part, carry, delta in zip(run.batches, run.carries, run.deltas):
+            new, logits, q = run.model.step(carry, part, delta)
+            act_loss(cfg, new, logits, q)
+
+    def communicate():
+        world.sum(run.flat.grad)
+        world.gather(torch.cat([torch.cat((d, d[:, :1]), dim=1) for d in run.deltas]))
     step()
-    wait(world.device)
-    first_s = time.perf_counter() - started
+    wait(device)
+    first_s = time.perf_counter() - began
     step()
-    peaks, steps = [], []
-    for _ in range(n):   # alternating, so that a machine whose speed drifts is compared with itself
-        peaks.append(matmul_peak(world.device, run.model.dtype))
-        steps += seconds_of(step, 1, world.device)
-    step_s = float(np.median(steps))
-    forward_s = float(np.median(seconds_of(forward, max(3, n // 3), world.device)))
-    update_s = float(np.median(seconds_of(lambda: update(run, 0.0), max(3, n // 3), world.device)))
+    times = median_ms({"step": step, "forward": forward, "optimizer": lambda: update(run, 0.0),
+                       "communication": communicate}, n, device, run.model.dtype)
     data_ms = None   # without the dataset
     if dataset:
         source = stream(dataset, args, world, Cursor(), 0)
-        data_ms = 1000 * float(np.median(seconds_of(lambda: next(source), n, world.device)))
-    flops, peak = step_flops(cfg)[1] * run.rows, float(np.median(peaks))
+        data_ms = 1000 * float(np.median(seconds_of(lambda: next(source), n + 1, device)[1:]))
+    flops, counted = (run.rows * f for f in (step_flops(cfg)[1], counted_flops(cfg)[1]))
+    report({"preset": args.preset, "what": "training step", "compile": args.compile and args.compile_unit,
+            **speed(cfg, world, run.rows, flops, counted, times["step"], times["peak_tflops"]), "first_step_s": first_s,
+            "forward_ms": times["forward"], "backward_ms": times["step"] - times["forward"] - times["optimizer"],
+            "optimizer_ms": times["optimizer"], "of it communication_ms": times["communication"],
+            "data_ms": data_ms, "n": n}, world)
+
+
+def median_ms(calls, n, device, dtype):
+    """{name: ms} of each of the calls, in turn with the matmul peak, so that a machine whose speed drifts is compared
+    with itself; and peak_tflops."""
+    seconds, peaks = {name: [] for name in calls}, []
+    for _ in range(n):
+        peaks.append(matmul_peak(device, dtype))
+        for name, call in calls.items():
+            seconds[name] += seconds_of(call, 1, device)
+    times = {name: 1000 * float(np.median(s)) for name, s in seconds.items()}
+    return {**times, "peak_tflops": float(np.median(peaks)) / 1e12}
+
+
+def speed(cfg, world, rows, flops, counted, ms, peak_tflops):
+    """What both benches print of FLOPs, and rows, of each rank that took ms."""
     memory = (torch.cuda.max_memory_allocated() if world.device.type == "cuda"
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    row = {"preset": args.preset, "device": device_name(world.device), "dtype": cfg.dtype, "ranks": world.size,
-           "compile": args.compile_unit if args.compile else None, "hidden_size": cfg.hidden_size,
-           "global_batch_size": args.global_batch_size, "ms_per_step": 1000 * step_s, "first_step_s": first_s,
-           "rows_per_s": args.global_batch_size / step_s, "gflop_per_row": step_flops(cfg)[1] / 1e9,
-           "counted_gflop_per_row": counted_flops(cfg)[1] / 1e9, "tflops": flops / step_s / 1e12,
-           "peak_tflops": peak / 1e12,
-           "share_of_peak": flops / step_s / peak, "peak_memory_gib": memory / 2 ** 30,
-           "forward_ms": 1000 * forward_s, "backward_ms": 1000 * (step_s - forward_s - update_s),
-           "optimizer_ms": 1000 * update_s, "data_ms": data_ms, "steps": n, "git": git_hash()}
+    tflops = flops / ms / 1e9
+    return {"device": device_name(world.device), "ranks": world.size, "dtype": cfg.dtype, "hidden_size": cfg.hidden_size,
+            "rows of a rank": rows, "ms": ms, "rows_per_s": 1000 * rows * world.size / ms, "gflop": flops / 1e9,
+            "gflop by torch's counter": counted / 1e9, "tflops": tflops, "peak_tflops": peak_tflops,
+            "share_of_peak": tflops / peak_tflops, "peak_memory_gib": memory / 2 ** 30}
+
+
+def report(row, world):
+    """Print the figures of a bench and append them to bench.jsonl (rank 0)."""
     if world.rank == 0:
         for key, value in row.items():
-            print(f"{key:>24}  {value:.4g}" if isinstance(value, float) else f"{key:>24}  {value}")
+            print(f"{key:>24}  {value:,.4g}" if isinstance(value, float) else f"{key:>24}  {value}")
         with open("bench.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(json.dumps({**row, "git": git_hash(), "torch": torch.__version__}) + "\n")
 
 
 def device_name(device):
@@ -1045,7 +1109,7 @@ def prepare_run(args, checkpoint, notes, world):
     if args.compile and lacks:
         log.say(f"not compiled, which is slower: this machine lacks {lacks}")
     elif args.compile:
-        compile_model(run.model, args.compile_unit)
+        compile_model(run.model, args.compile_unit, args.compile_mode)
     table = run.model.puzzle_emb.numel()
     n_params = sum(p.numel() for p in run.model.parameters())
     log.write("start", run.step, command=shlex.join(sys.argv), git=git_hash(), settings=vars(args), config=asdict(cfg),

@@ -152,6 +152,20 @@ def test_halting():
         assert not model.eval().step(model.empty_carry(batch), batch)[0].halted.any()   # evaluation goes all the way
 
 
+def test_train_max_steps_ends_puzzles_in_training_only():
+    """Exploration may still demand more than --train-max-steps."""
+    cfg = tiny(halt_max_steps=4, train_max_steps=2)
+    model, batch = make(cfg), random_batch(tiny(), 3)
+    batch = batch._replace(min_steps=torch.tensor([0, 3, 4], dtype=torch.int32))
+    for training, ends in ((True, [2, 3, 4]), (False, [4, 4, 4])):
+        carry, halted_at = model.train(training).empty_carry(batch), [0, 0, 0]
+        with torch.no_grad():
+            for step in range(1, 5):
+                carry = model.step(carry._replace(halted=carry.halted & (carry.steps == 0)), batch)[0]
+                halted_at = [at or step * int(h) for at, h in zip(halted_at, carry.halted.tolist())]
+        assert halted_at == ends, (training, halted_at)
+
+
 def test_early_cycles_get_no_gradient():
     """The gradient is that of the last round alone, started from the states that the earlier ones left."""
     cfg = tiny(H_cycles=3)
@@ -249,7 +263,9 @@ def test_score_mod_equals_a_naive_loop_and_trains(seq_len):
 
 def test_plain_and_fused_attention_agree():
     q, k, v = torch.randn(3, 2, 4, 20, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    fused, plain = attend(q, k, v), attend(q, k, v, lambda score, b, h, i, j: score)
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    plain = attend(q, k, v)
+    assert torch.equal(plain, attend(q, k, v, lambda score, b, h, i, j: score))
     assert (fused - plain).abs().max() < 1e-5
     masked = attend(q, k, v, lambda score, b, h, i, j: torch.where(j <= i, score, -math.inf))
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -1,10 +1,13 @@
 """Properties that make the step fast on a GPU, checked where there is none."""
 import gc
+import json
 
 import pytest
+import runs
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
 import eval as scoring
 import model as M
 import train
@@ -121,6 +124,49 @@ def test_steps_do_not_accumulate_memory():
             gc.collect()
             sizes.append(sum(t.untyped_storage().nbytes() for t in gc.get_objects() if isinstance(t, torch.Tensor)))
     assert sizes[0] == sizes[1], f"bytes of live tensors: {sizes[0]} after 11 steps, {sizes[1]} after 500"
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_finds_everything_at_the_same_addresses(parts):
+    """What CUDA graphs need: batch, carry, weights, gradients, optimizer state and metrics stay where they are."""
+    run, seen = make_run("--grad-accum", str(parts)), []
+    for batch in random_batches(run.cfg, 4):
+        step(run, batch)
+        tensors = [*sum(map(list, run.batches + run.carries), []), *run.deltas, *(d.grad for d in run.deltas), *run.model.buffers(),
+                   *run.model.parameters(), *(p.grad for p in run.model.parameters()), run.flat.data, run.flat.grad,
+                   run.adam.m, run.adam.v, run.ema, run.sums, run.nan_step]
+        seen.append([t.data_ptr() for t in tensors])
+        assert torch.equal(torch.cat([b.inputs for b in run.batches]), batch.inputs)
+    assert all(pointers == seen[0] for pointers in seen[1:]), [sum(a != b for a, b in zip(p, seen[0])) for p in seen]
+
+
+def test_a_split_on_the_device_gives_the_same_batches(tmp_path):
+    folders = [runs.write_boards(tmp_path / name, groups, seed, shift=100 * seed) for name, groups, seed in (("a", 20, 0), ("b", 7, 1))]
+    split = data.Split(folders, "train")
+    args = train.settings(runs.flags(folders[0], tmp_path, "--epochs", "3"))[0]
+    world, resident = scoring.World(0, 1, torch.device("cpu")), train.Resident(split, torch.device("cpu"))
+    host = [M.Batch(*t) for t, _ in train.stream(split, args, world, data.Cursor(), 0)]
+    device = [resident.batch(*t) for t, _ in train.stream(split, args, world, data.Cursor(), 0, resident)]
+    assert len(host) == len(device) > 5
+    for a, b in zip(host, device):
+        for x, y in zip(a, b):
+            assert x.dtype == y.dtype and torch.equal(x, y)
+    assert not train.Resident.fits(split, torch.device("cpu"))
+
+
+def test_both_benches_print_and_append_their_figures(tmp_path, monkeypatch, capsys):
+    """Without a dataset, and with one (then the time of the data is there); the FLOPs by formula are those counted."""
+    monkeypatch.chdir(tmp_path)
+    boards = runs.write_boards(tmp_path / "boards")
+    assert train.main(["--bench", "2", "--global-batch-size", "4", "--no-compile"]) == 0
+    assert train.main(["--bench", "1", "--global-batch-size", "4", "--no-compile", "--data", boards, "--dtype", "float32"]) == 0
+    assert scoring.main(["--bench", "1", "--preset", "sudoku-att", "--batch-size", "1", "--steps", "2", "--no-compile"]) == 0
+    rows = [json.loads(line) for line in open("bench.jsonl")]
+    assert [(r["preset"], r["n"], r["data_ms"] is None) for r in rows] == [("mini", 2, True), ("mini", 1, False), ("sudoku-att", 1, True)]
+    for row in rows:
+        assert row["gflop"] == pytest.approx(row["gflop by torch's counter"], rel=1e-9), row
+        assert row["share_of_peak"] == pytest.approx(row["gflop"] / row["ms"] / row["peak_tflops"], rel=1e-6) and row["share_of_peak"] > 0
+    assert "share_of_peak" in capsys.readouterr().out
 
 
 def test_one_all_reduce_and_one_gather_of_each_kind(monkeypatch):

@@ -325,7 +325,7 @@ def test_limits_end_with_evaluation_and_checkpoint(tmp_path, boards, limit, step
 
 @pytest.mark.parametrize("argv", [
     ["--monitor", "none", "--ema-warmup"], ["--monitor", "val/lm_loss", "--monitor-mode", "min", "--ema", "0"],
-    ["--grad-clip", "0.1"], ["--q-continue", "--eval-limit", "5"]])
+    ["--grad-clip", "0.1", "--train-max-steps", "2"], ["--q-continue", "--eval-limit", "5"]])
 def test_options_train_save_and_resume(tmp_path, boards, argv):
     """Bit for bit, with whatever state an option brings."""
     assert go(*flags(boards, tmp_path / "whole", *argv)) == 0
