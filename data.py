@@ -580,9 +580,14 @@ def training_order(split, seed, epochs_per_iteration, batch_size, cursor=Cursor(
     if cursor.rng is not None:
         rng.bit_generator.state = cursor.rng
     first_puzzle, first_example, position = split.group_indices, split.puzzle_indices, cursor.position
+    alone = (np.diff(first_example) == 1).all()
     ready = None   # one batch is held back, for the last one to point at the next iteration
     while True:
         examples, puzzles, room = [], [], batch_size
+        if alone:   # one example to every puzzle: the same draws at once
+            groups = order[position:position + batch_size]
+            puzzles = rng.integers(first_puzzle[groups], first_puzzle[groups + 1])
+            examples, position, room = first_example[puzzles], position + len(groups), batch_size - len(groups)
         while room and position < len(order):
             group = order[position]
             puzzle = rng.integers(first_puzzle[group], first_puzzle[group + 1])

@@ -387,3 +387,25 @@ def test_folders_that_do_not_go_together(tmp_path, capsys):
     ends_with_2([*flags_for(tmp_path, linear, spin), "--seq-len", "4"], capsys, "spin/train has input_dim 2, .* has 3")
     ends_with_2([*flags_for(tmp_path, a), "--seq-len", "9"], capsys, "--seq-len 9 is for latent episodes; .*a has 16")
     ends_with_2([*flags_for(tmp_path, spin), "--seq-len", "0"], capsys, "--seq-len 0 is below 1")
+
+
+@pytest.mark.parametrize("sizes", [[1] * 24, [1, 3, 2, 1] * 6], ids=["one example each", "mixed"])
+def test_training_order_is_that_of_a_loop(sizes):
+    """SPEC section 8, drawn one by one; resumed in the middle it goes on as if nothing had happened."""
+    split = data.Split.__new__(data.Split)
+    split.puzzle_indices, split.group_indices = data.starts(sizes), data.starts([3, 1, 5, 2, 4, 3, 6])
+    rng = np.random.Generator(np.random.Philox(7 + 2))
+    order = np.concatenate([rng.permutation(7) for _ in range(5)])
+    wanted, batch = [], []
+    for group in order:
+        puzzle = int(rng.integers(split.group_indices[group], split.group_indices[group + 1]))
+        take = min(sizes[puzzle], 4 - len(batch))
+        chosen = [0] if sizes[puzzle] == 1 else rng.choice(sizes[puzzle], take, replace=False)
+        batch += [(int(split.puzzle_indices[puzzle] + i), puzzle) for i in chosen]
+        if len(batch) == 4:
+            wanted.append(batch)
+            batch = []
+    got = list(data.training_order(split, 7, 5, 4, data.Cursor(iteration=2)))
+    assert [list(zip(e.tolist(), p.tolist())) for e, p, _ in got] == wanted and got[-1][2] == data.Cursor(iteration=3)
+    again = list(data.training_order(split, 7, 5, 4, got[2][2]))
+    assert [e.tolist() for e, *_ in again] == [e.tolist() for e, *_ in got[3:]]
