@@ -158,7 +158,8 @@ class Scores(NamedTuple):
 
 
 def think(model, inputs, puzzle_ids, steps, noise=0.0, generator=None):
-    """Yield (logits (B, S, V), q (B, 2)) after each of `steps` supervision steps; x is embedded once."""
+    """Yield (logits (B, S, V), q (B, 2)) after each of `steps` supervision steps; x is embedded once, y and z stay at
+    the same addresses (CUDA graphs: what a compiled net returned is overwritten after the mark)."""
     def blur(h):
         return h + noise * torch.randn(h.shape, generator=generator, device=h.device, dtype=h.dtype)
 
@@ -166,8 +167,11 @@ def think(model, inputs, puzzle_ids, steps, noise=0.0, generator=None):
         x = model.embed(inputs, model.puzzle_emb[puzzle_ids])                             # (B, L, D)
         y, z = (start.to(model.dtype).expand_as(x).contiguous() for start in (model.y0, model.z0))
     for _ in range(steps):
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():  # left before every yield, for what runs meanwhile
-            y, z = model.improve(x, *((blur(y), blur(z)) if noise else (y, z)))
+            better = model.improve(x, *((blur(y), blur(z)) if noise else (y, z)))
+            y.copy_(better[0])
+            z.copy_(better[1])
             heads = model.heads(y)
         yield heads
 

@@ -53,7 +53,6 @@ class Config:
     H_cycles: int = 3               # T
     L_cycles: int = 6               # n
     halt_max_steps: int = 16        # N_sup
-    train_max_steps: int = 0        # a puzzle leaves training after these, exploration aside; 0: halt_max_steps
     q_continue: bool = False        # also train q_continue, and halt when q_halt > q_continue
     loss: str = "stablemax"         # or "softmax"
     halt_tolerance: float = 0.01    # regression: a row is right when its mean squared error is below
@@ -115,10 +114,9 @@ def swiglu(h, w_gate_up, w_down):
 
 
 def swiglu_over_positions(h, w_gate_up, w_down):
-    """The SwiGLU over axis 1 of h (B, L, D). A product per row of the batch, so that nothing is transposed."""
-    B = len(h)
-    gate, up = torch.bmm(w_gate_up.expand(B, -1, -1), h).chunk(2, dim=1)                  # (B, I, D) each
-    return torch.bmm(w_down.expand(B, -1, -1), F.silu(gate) * up)                         # (B, L, D)
+    """The SwiGLU over the first axis of h (L, B, D): one product for the whole batch, and nothing is transposed."""
+    gate, up = (w_gate_up @ h.flatten(1)).chunk(2)                                        # (I, B * D) each
+    return (w_down @ (F.silu(gate) * up)).view_as(h)
 
 
 def rope_tables(length, head_dim):
@@ -172,7 +170,7 @@ def attend(q, k, v, score_mod=None):
     if score_mod is not None:
         b, h, i, j = (torch.arange(n, device=q.device) for n in (B, H, L, L))
         scores = score_mod(scores, b[:, None, None, None], h[:, None, None], i[:, None], j)
-    weight = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    weight = ((scores - scores.detach().amax(-1, keepdim=True)) * math.log2(math.e)).exp2()   # faster than exp
     return (weight.to(q.dtype) @ v / weight.sum(-1, keepdim=True)).to(q.dtype)
 
 
@@ -284,7 +282,7 @@ class TRM(nn.Module):
         h = h + injection
         for mix_in, mix_out, mlp_in, mlp_out in weights:
             if cfg.mixer == "mlp":
-                h = rms_norm(h + swiglu_over_positions(h, mix_in, mix_out), dim=1)       # normalised over L
+                h = rms_norm(h + swiglu_over_positions(h, mix_in, mix_out), dim=0)       # h is (L, B, D)
             else:
                 h = rms_norm(h + attention(h, mix_in, mix_out, cfg.num_heads, rope, self.score_mod))
             h = rms_norm(h + swiglu(h, mlp_in, mlp_out))
@@ -299,6 +297,8 @@ class TRM(nn.Module):
 
     def improve(self, x, y, z):
         """The recursion of one supervision step: T rounds, all but the last without gradient."""
+        if self.cfg.mixer == "mlp":     # positions first: see swiglu_over_positions
+            x, y, z = (h.transpose(0, 1).contiguous() for h in (x, y, z))
         weights = self.cast_weights(self.cfg.L_cycles + 1)
         with torch.no_grad():
             fixed = [[[w.detach() for w in block] for block in use] for use in weights]
@@ -307,7 +307,8 @@ class TRM(nn.Module):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # every application of net below then has one signature, and compiles once
             y, z = y.detach().requires_grad_(), z.detach().requires_grad_()
-        return self.cycle(x, y, z, weights)
+        y, z = self.cycle(x, y, z, weights)
+        return (y.transpose(0, 1), z.transpose(0, 1)) if self.cfg.mixer == "mlp" else (y, z)
 
     def heads(self, y):
         """logits (B, S, V) (or predictions (B, S, target_dim)) and q (B, 2) float32: halt, continue."""
@@ -315,11 +316,12 @@ class TRM(nn.Module):
         q = F.linear(y[:, 0], self.q_head.to(self.dtype), self.q_bias.to(self.dtype))
         return logits, q.float()
 
-    def step(self, carry, batch, delta=None):
+    def step(self, carry, batch, delta=None, max_steps=None):
         """One supervision step: (carry, batch) to (new carry, logits, q).
 
         delta: (B, puzzle_emb_ndim) zeros whose gradient is that of the puzzle rows in use (the table itself is
             no Parameter: a dense gradient would be as large as the table).
+        max_steps: int tensor, the steps after which a row halts unless exploration holds it; halt_max_steps by default.
         """
         cfg = self.cfg
         carry = self.admit(carry, batch)
@@ -328,7 +330,7 @@ class TRM(nn.Module):
         y, z = self.improve(x, carry.y, carry.z)
         logits, q = self.heads(y)
         steps = carry.steps + 1
-        halted = steps >= (cfg.train_max_steps if self.training and cfg.train_max_steps else cfg.halt_max_steps)
+        halted = steps >= (cfg.halt_max_steps if max_steps is None else max_steps)
         if self.training and cfg.halt_max_steps > 1:
             wants_to_halt = q[:, 0] > (q[:, 1] if cfg.q_continue else 0)
             halted = (halted | wants_to_halt) & (steps >= batch.min_steps)

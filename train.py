@@ -39,9 +39,9 @@ SUDOKU = dict(data=["data/sudoku-extreme-1k-aug-1000"], epochs=50_000, eval_inte
 ARC = dict(epochs=100_000, eval_interval=5_000)
 PRESETS = {
     "mini": dict(data=["data/sudoku-6x6-mini"], mixer="mlp", pos_encodings="none", hidden_size=64, num_heads=1,
-                 H_cycles=1, L_cycles=2, puzzle_emb_len=1, puzzle_emb_ndim=64, global_batch_size=64, dtype="auto",
-                 lr=4e-3, puzzle_emb_lr=4e-3, weight_decay=0.5, puzzle_emb_weight_decay=0.5, lr_warmup_steps=100,
-                 lr_min_ratio=0.0, ema=0.99, ema_warmup=True, epochs=80, eval_interval=20),
+                 H_cycles=1, L_cycles=1, puzzle_emb_len=1, puzzle_emb_ndim=64, global_batch_size=64, dtype="auto",
+                 lr=8e-3, puzzle_emb_lr=4e-3, weight_decay=0.5, puzzle_emb_weight_decay=0.5, lr_warmup_steps=100,
+                 lr_min_ratio=0.0, ema=0.99, ema_warmup=True, train_max_steps=[2, 6], epochs=64, eval_interval=16),
     "sudoku": dict(SUDOKU, mixer="mlp", pos_encodings="none"),
     "sudoku-att": SUDOKU,
     "maze": dict(SUDOKU, data=["data/maze-30x30-hard-1k"], L_cycles=4),
@@ -101,7 +101,7 @@ def parser(suppress=False):
     flag(g, "--H-cycles", 3, "T, rounds per supervision step")
     flag(g, "--L-cycles", 6, "n, latent updates per round")
     flag(g, "--halt-max-steps", 16, "N_sup, supervision steps")
-    flag(g, "--train-max-steps", 0, "the same in training (0: N_sup)")
+    flag(g, "--train-max-steps", None, "rises so in training", nargs=2, type=int, metavar="A B")
     flag(g, "--halt-exploration-prob", 0.1, "draws a least number of steps")
     flag(g, "--halt-tolerance", 0.01, "regression: a row is right below it")
     flag(g, "--q-continue", False, "Q-learning halting (HRM)", **onoff)
@@ -180,6 +180,10 @@ def check(args, world):
                  "eval_limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is below 1; use 1 or more")
+    first, last = args.train_max_steps or (1, 1)
+    if not 1 <= first <= last <= args.halt_max_steps:
+        raise UserError(f"--train-max-steps {first} {last} does not rise within 1 .. --halt-max-steps "
+                        f"{args.halt_max_steps}; give two such numbers")
     G, parts = args.global_batch_size, world.size * args.grad_accum
     if G % parts:
         near = max(parts, G // parts * parts)
@@ -250,6 +254,13 @@ def schedule(step, total_steps, warmup, min_ratio):
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def train_max_steps(args, progress):
+    """Supervision steps of a puzzle in training at progress 0 .. 1 of the run: N_sup, or --train-max-steps A B in even
+    stretches. Few at first show the model more puzzles while it cannot finish one anyway."""
+    first, last = args.train_max_steps or (args.halt_max_steps, args.halt_max_steps)
+    return min(last, first + int(progress * (last - first + 1)))
+
+
 class AdamATan2:
     """Adam with atan2 in place of the division by sqrt(v) + eps (arXiv 2407.05872), on a flat buffer.
 
@@ -300,6 +311,7 @@ class Run:
         self.deltas = [torch.zeros(part, cfg.puzzle_emb_ndim, device=world.device, requires_grad=True)
                        for _ in range(args.grad_accum)]
         self.carries = self.batches = None     # one per part of the batch, at fixed addresses from the first step on
+        self.max_steps = torch.tensor(args.halt_max_steps, dtype=torch.int32, device=world.device)
         self.sums = torch.zeros(len(metric_names(cfg)), device=world.device)   # since the last log line
         self.nan_step = torch.zeros((), dtype=torch.int64, device=world.device)
         self.cursor, self.data = Cursor(), {}
@@ -686,7 +698,7 @@ def backward(run, batch):
     run.hold(batch)
     torch.compiler.cudagraph_mark_step_begin()   # for --compile-mode reduce-overhead
     for batch, carry, delta in zip(run.batches, run.carries, run.deltas):
-        new, logits, q = run.model.step(carry, batch, delta)
+        new, logits, q = run.model.step(carry, batch, delta, run.max_steps)
         target = run.model.continue_target(new) if run.cfg.q_continue else None
         loss, sums = act_loss(run.cfg, new, logits, q, target)
         (loss / run.args.global_batch_size).backward()
@@ -839,6 +851,7 @@ def train(run, split, test, log, total_steps):
                 break
             batch = make(*(t.to(world.device, non_blocking=True) for t in tensors))
             factor = schedule(run.step + 1, total_steps, args.lr_warmup_steps, args.lr_min_ratio)
+            run.max_steps.fill_(train_max_steps(args, run.step / total_steps))
             backward(run, batch)
             update(run, factor)
             run.cursor = cursor

@@ -333,7 +333,7 @@ def test_halting_reports_the_full_run_too(tmp_path, split, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "give one of --checkpoint and --hf"),
+    ([], "give one of --checkpoint, --hf and --bench"),
     (["--checkpoint", "nowhere.ckpt"], "nowhere.ckpt not found"),
     (["--checkpoint", "."], "holds no latest.txt"),
     (["--checkpoint", "x", "--limit", "0"], "--limit 0 is below 1"),

@@ -56,7 +56,8 @@ def test_mlp_mixer_normalises_over_positions():
     h = torch.randn(2, L, D, generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, L, D, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        got = model.net(h, x, model.cast_weights(1)[0]).numpy()
+        first = (t.transpose(0, 1).contiguous() for t in (h, x))      # net takes (L, B, D) with this mixer
+        got = model.net(*first, model.cast_weights(1)[0]).transpose(0, 1).numpy()
     mix_in, mix_out, mlp_in, mlp_out = (p.detach().double().numpy() for p in model.blocks[0].parameters())
     for b in range(2):
         a = (h[b] + x[b]).double().numpy()
@@ -152,18 +153,21 @@ def test_halting():
         assert not model.eval().step(model.empty_carry(batch), batch)[0].halted.any()   # evaluation goes all the way
 
 
-def test_train_max_steps_ends_puzzles_in_training_only():
-    """Exploration may still demand more than --train-max-steps."""
-    cfg = tiny(halt_max_steps=4, train_max_steps=2)
-    model, batch = make(cfg), random_batch(tiny(), 3)
+def test_train_max_steps():
+    """Rises in even stretches; exploration may hold a row beyond it."""
+    args = train.settings(["--preset", "sudoku", "--train-max-steps", "2", "5"])[0]
+    assert [train.train_max_steps(args, i / 8) for i in range(9)] == [2, 2, 3, 3, 4, 4, 5, 5, 5]
+    assert train.train_max_steps(train.settings(["--preset", "sudoku"])[0], 0.1) == 16
+    cfg = tiny(halt_max_steps=4)
+    model, batch = make(cfg).train(), random_batch(tiny(), 3)
     batch = batch._replace(min_steps=torch.tensor([0, 3, 4], dtype=torch.int32))
-    for training, ends in ((True, [2, 3, 4]), (False, [4, 4, 4])):
-        carry, halted_at = model.train(training).empty_carry(batch), [0, 0, 0]
+    for limit, ends in ((torch.tensor(2), [2, 3, 4]), (None, [4, 4, 4])):
+        carry, halted_at = model.empty_carry(batch), [0, 0, 0]
         with torch.no_grad():
             for step in range(1, 5):
-                carry = model.step(carry._replace(halted=carry.halted & (carry.steps == 0)), batch)[0]
+                carry = model.step(carry._replace(halted=carry.halted & (carry.steps == 0)), batch, max_steps=limit)[0]
                 halted_at = [at or step * int(h) for at, h in zip(halted_at, carry.halted.tolist())]
-        assert halted_at == ends, (training, halted_at)
+        assert halted_at == ends, (limit, halted_at)
 
 
 def test_early_cycles_get_no_gradient():

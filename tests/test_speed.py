@@ -126,6 +126,32 @@ def test_steps_do_not_accumulate_memory():
     assert sizes[0] == sizes[1], f"bytes of live tensors: {sizes[0]} after 11 steps, {sizes[1]} after 500"
 
 
+@pytest.mark.parametrize("mixer", ["attn", "mlp"])
+def test_nothing_outlives_a_step_in_the_memory_of_a_graph(monkeypatch, tmp_path, mixer):
+    """CUDA graphs write over what a compiled function returned as soon as the next step begins. Here NaN does."""
+    split, outcomes = data.Split(runs.write_boards(tmp_path), "test"), []
+    for overwrite in (False, True):
+        returned, marks = [], []
+
+        def mark():
+            marks.append(len(returned))
+            for t in returned:
+                t.detach().fill_(float("nan"))
+            returned.clear()
+        run = make_run(mixer=mixer, pos_encodings="none", num_puzzles=41)
+        if overwrite:
+            monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", mark)
+            net = run.model.net
+            run.model.net = lambda *args: returned.append(net(*args)) or returned[-1]
+        for batch in random_batches(run.cfg, 3):
+            step(run, batch)
+        metrics = train.evaluate(run, split, None)
+        outcomes.append((run.flat.data, run.model.puzzle_emb, *run.carries[0], metrics))
+    assert len(marks) > 4 and max(marks) >= 6          # it was called every step, and there was something to write over
+    *tensors, metrics = zip(*outcomes)
+    assert metrics[0] == metrics[1] and all(torch.equal(a, b) and a.isfinite().all() for a, b in tensors)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_finds_everything_at_the_same_addresses(parts):
     """What CUDA graphs need: batch, carry, weights, gradients, optimizer state and metrics stay where they are."""

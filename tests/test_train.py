@@ -70,6 +70,7 @@ def test_one_line_and_exit_code_2(tmp_path, boards):
     (["--mixer", "attn", "--num-heads", "3"], "--hidden-size 32 does not give 3 heads of even width; use a"),
     (["--puzzle-emb-len", "0"], "--puzzle-emb-ndim 32 is wider than --puzzle-emb-len 0 x --hidden-size 32"),
     (["--global-batch-size", "800"], "--epochs 4 of 20 groups do not fill one batch of --global-batch-size 800"),
+    (["--train-max-steps", "3", "2"], "--train-max-steps 3 2 does not rise within 1 .. --halt-max-steps 4; give two"),
     (["--device", "cuda"], "--device cuda is not available here; use cpu"),
     (["--wandb", "project"], "--wandb needs the package wandb; pip install wandb, or leave the flag out"),
     (["--monitor", "val/accuracy"], "--monitor val/accuracy is not measured; choose one of val/exact_acc, "),
@@ -325,7 +326,7 @@ def test_limits_end_with_evaluation_and_checkpoint(tmp_path, boards, limit, step
 
 @pytest.mark.parametrize("argv", [
     ["--monitor", "none", "--ema-warmup"], ["--monitor", "val/lm_loss", "--monitor-mode", "min", "--ema", "0"],
-    ["--grad-clip", "0.1", "--train-max-steps", "2"], ["--q-continue", "--eval-limit", "5"]])
+    ["--grad-clip", "0.1", "--train-max-steps", "1", "3"], ["--q-continue", "--eval-limit", "5"]])
 def test_options_train_save_and_resume(tmp_path, boards, argv):
     """Bit for bit, with whatever state an option brings."""
     assert go(*flags(boards, tmp_path / "whole", *argv)) == 0
