@@ -181,9 +181,8 @@ def check(args, world):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is below 1; use 1 or more")
     first, last = args.train_max_steps or (1, 1)
-    if not 1 <= first <= last <= args.halt_max_steps:
-        raise UserError(f"--train-max-steps {first} {last} does not rise within 1 .. --halt-max-steps "
-                        f"{args.halt_max_steps}; give two such numbers")
+    if not 1 <= first <= last:
+        raise UserError(f"--train-max-steps {first} {last} does not rise from 1 or more; give two such numbers")
     G, parts = args.global_batch_size, world.size * args.grad_accum
     if G % parts:
         near = max(parts, G // parts * parts)
@@ -255,10 +254,10 @@ def schedule(step, total_steps, warmup, min_ratio):
 
 
 def train_max_steps(args, progress):
-    """Supervision steps of a puzzle in training at progress 0 .. 1 of the run: N_sup, or --train-max-steps A B in even
-    stretches. Few at first show the model more puzzles while it cannot finish one anyway."""
+    """Supervision steps of a puzzle in training at progress 0 .. 1 of the run: N_sup, or from A to B of
+    --train-max-steps in even stretches. Few at first show the model more puzzles while it cannot finish one anyway."""
     first, last = args.train_max_steps or (args.halt_max_steps, args.halt_max_steps)
-    return min(last, first + int(progress * (last - first + 1)))
+    return min(args.halt_max_steps, last, first + int(progress * (last - first + 1)))
 
 
 class AdamATan2:

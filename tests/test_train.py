@@ -70,7 +70,7 @@ def test_one_line_and_exit_code_2(tmp_path, boards):
     (["--mixer", "attn", "--num-heads", "3"], "--hidden-size 32 does not give 3 heads of even width; use a"),
     (["--puzzle-emb-len", "0"], "--puzzle-emb-ndim 32 is wider than --puzzle-emb-len 0 x --hidden-size 32"),
     (["--global-batch-size", "800"], "--epochs 4 of 20 groups do not fill one batch of --global-batch-size 800"),
-    (["--train-max-steps", "3", "2"], "--train-max-steps 3 2 does not rise within 1 .. --halt-max-steps 4; give two"),
+    (["--train-max-steps", "3", "2"], "--train-max-steps 3 2 does not rise from 1 or more"),
     (["--device", "cuda"], "--device cuda is not available here; use cpu"),
     (["--wandb", "project"], "--wandb needs the package wandb; pip install wandb, or leave the flag out"),
     (["--monitor", "val/accuracy"], "--monitor val/accuracy is not measured; choose one of val/exact_acc, "),
