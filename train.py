@@ -1021,7 +1021,7 @@ def bench(args, world, n):
 
     def communicate():
         world.sum(run.flat.grad)
-        world.gather(torch.cat([torch.cat((d, d[:, :1]), dim=1) for d in run.deltas]))
+        world.gather(torch.cat([torch.cat((d.grad, d.grad[:, :1]), dim=1) for d in run.deltas]))
     step()
     wait(device)
     first_s = time.perf_counter() - began
@@ -1067,7 +1067,8 @@ def report(row, world):
     """Print the figures of a bench and append them to bench.jsonl (rank 0)."""
     if world.rank == 0:
         for key, value in row.items():
-            print(f"{key:>24}  {value:,.4g}" if isinstance(value, float) else f"{key:>24}  {value}")
+            text = value if not isinstance(value, float) else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+            print(f"{key:>24}  {text}")
         with open("bench.jsonl", "a") as f:
             f.write(json.dumps({**row, "git": git_hash(), "torch": torch.__version__}) + "\n")
 
