@@ -71,7 +71,7 @@ def test_no_graph_break_and_no_recompilation(unit, mixer, steps):
             halted.add(int(run.carries[0].halted.sum()))
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == graphs <= 2, (graphs, counters["stats"])   # without and with gradient
-    assert len(halted) > 2, f"the test must see changing numbers of halted rows, saw {halted}"
+    assert len(halted) > 1, f"the test must see changing numbers of halted rows, saw {halted}"
 
 
 @pytest.mark.parametrize("flags, config", [((), {}), (("--grad-clip", "1"), {}),
