@@ -58,7 +58,8 @@ find_uv() {  # sets UV to the one on PATH, else to our own in .uv: a folder that
     { UV=""; echo "uv cannot be installed (see .uv/log): using pip"; return 1; }
 }
 
-uv_install() { run "$UV" pip install --python .venv/bin/python -r requirements.txt "$@"; }
+# byte-compiled: a first `import torch._inductor` would else compile 2,000 files, or every one where it may not write
+uv_install() { run "$UV" pip install --compile-bytecode --python .venv/bin/python -r requirements.txt "$@"; }
 install() {  # install PYTHON3: fills .venv by uv with PyTorch's index, else by uv without it, else by pip
   if find_uv; then
     [ -x .venv/bin/python ] || run "$UV" venv -q --allow-existing --python "${1:-3.12}" .venv || UV=""

@@ -24,6 +24,8 @@ from dataclasses import asdict, fields, replace
 from io import BytesIO
 from pathlib import Path
 
+STARTED = time.perf_counter()   # for --bench: importing torch takes a while
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -1001,7 +1003,6 @@ def matmul_peak(device, dtype):
 
 def bench(args, world, n):
     """Time n training steps on this machine; prints a table and appends a line to bench.jsonl (rank 0)."""
-    began = time.perf_counter()
     shape = dict(zip(SHAPE_KEYS, SHAPES[args.preset]))
     dataset = Split(args.data, "train") if all(Path(d).exists() for d in args.data) else None
     cfg = config_of(args, dataset.meta if dataset else shape)
@@ -1024,7 +1025,7 @@ def bench(args, world, n):
         world.gather(torch.cat([torch.cat((d.grad, d.grad[:, :1]), dim=1) for d in run.deltas]))
     step()
     wait(device)
-    first_s = time.perf_counter() - began
+    first_s = time.perf_counter() - STARTED
     step()
     times = median_ms({"step": step, "forward": forward, "optimizer": lambda: update(run, 0.0),
                        "communication": communicate}, n, device, run.model.dtype)
