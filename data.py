@@ -583,26 +583,24 @@ def training_order(split, seed, epochs_per_iteration, batch_size, cursor=Cursor(
     alone = (np.diff(first_example) == 1).all()
     ready = None   # one batch is held back, for the last one to point at the next iteration
     while True:
-        examples, puzzles, takes, room = [], [], [], batch_size
+        examples, puzzles, room = [], [], batch_size
         if alone:   # one example to every puzzle: the same draws at once
             groups = order[position:position + batch_size]
             puzzles = rng.integers(first_puzzle[groups], first_puzzle[groups + 1])
-            examples, takes = [first_example[puzzles]], 1
-            position, room = position + len(groups), batch_size - len(groups)
+            examples, position, room = [first_example[puzzles]], position + len(groups), batch_size - len(groups)
         while room and position < len(order):
             group = order[position]
             puzzle = rng.integers(first_puzzle[group], first_puzzle[group + 1])
             start, size = first_example[puzzle], int(first_example[puzzle + 1] - first_example[puzzle])
             take = min(size, room)
             examples.append([start] if size == 1 else start + rng.choice(size, take, replace=False))
-            puzzles.append(puzzle)
-            takes.append(take)
+            puzzles.extend([puzzle] * take)
             position, room = position + 1, room - take
         if ready is not None:
             yield *ready[:2], Cursor(cursor.iteration + 1) if room else ready[2]
         if room:
             return
-        ready = np.concatenate(examples), np.repeat(puzzles, takes), Cursor(cursor.iteration, position, rng.bit_generator.state)
+        ready = np.concatenate(examples), np.array(puzzles), Cursor(cursor.iteration, position, rng.bit_generator.state)
 
 
 def exploration(seed, step, batch_size, probability, halt_max_steps):

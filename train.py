@@ -68,87 +68,92 @@ def refuse(message):
     raise UserError(f"{message}; see --help")
 
 
+# Flags by group: name, default, help and, beyond a type that the default shows, the keywords of argparse.
+ONOFF = dict(action=argparse.BooleanOptionalAction)
+FLAGS = {
+    "what": [
+        ("--preset", "mini", "a task with its settings", dict(choices=list(PRESETS))),
+        ("--data", None, "dataset folders, joined", dict(nargs="+", metavar="DIR")),
+        ("--data-test", None, "folders for the test split (default: as --data)", dict(nargs="+", metavar="DIR")),
+        ("--seq-len", None, "windows of latent episodes (default: the longest)", dict(type=int)),
+        ("--seed", 0, "of weights, data order and exploration", {}),
+        ("--init", None, "start from its weights; for other puzzles, its mean row", dict(metavar="CKPT")),
+    ],
+    "model": [
+        ("--mixer", "attn", "mixes positions", dict(choices=["attn", "mlp"])),
+        ("--pos-encodings", "rope", "for attn", dict(choices=["rope", "learned", "none"])),
+        ("--score-mod", "none", "of attention scores", dict(choices=list(SCORE_MODS))),
+        ("--hidden-size", 512, "D", {}),
+        ("--num-heads", 8, "of attention", {}),
+        ("--num-layers", 2, "blocks in the net", {}),
+        ("--expansion", 4.0, "of the SwiGLU", {}),
+        ("--puzzle-emb-len", 16, "prefix positions", {}),
+        ("--puzzle-emb-ndim", 512, "width of the puzzle table", {}),
+        ("--H-cycles", 3, "T, rounds per supervision step", {}),
+        ("--L-cycles", 6, "n, latent updates per round", {}),
+        ("--halt-max-steps", 16, "N_sup, supervision steps", {}),
+        ("--train-max-steps", None, "N_sup in training: from A up to B", dict(nargs=2, type=int, metavar="A B")),
+        ("--halt-exploration-prob", 0.1, "draws a least number of steps", {}),
+        ("--halt-tolerance", 0.01, "regression: a row is right below it", {}),
+        ("--q-continue", False, "Q-learning halting (HRM)", ONOFF),
+        ("--loss", "stablemax", "of the tokens", dict(choices=list(LOG_PROBS))),
+        ("--dtype", "bfloat16", "of activations; auto: the faster", dict(choices=["bfloat16", "float32", "auto"])),
+    ],
+    "training": [
+        ("--global-batch-size", 1536, "rows over all ranks", {}),
+        ("--grad-accum", 1, "parts of a rank's batch, one after another", {}),
+        ("--epochs", 1, "passes over the groups", {}),
+        ("--eval-interval", 1, "epochs between evaluations", {}),
+        ("--lr", 2e-4, "learning rate", {}),
+        ("--puzzle-emb-lr", 1e-2, "of the puzzle table's SignSGD", {}),
+        ("--weight-decay", 0.1, "per step: lr * this", {}),
+        ("--puzzle-emb-weight-decay", 0.1, "likewise", {}),
+        ("--beta1", 0.9, "of AdamATan2", {}),
+        ("--beta2", 0.95, "of AdamATan2", {}),
+        ("--grad-clip", 0.0, "norm of the gradient at most (0: off)", {}),
+        ("--lr-warmup-steps", 4000, "linear", {}),
+        ("--lr-min-ratio", 1.0, "where the cosine ends (1: constant)", {}),
+        ("--ema", 0.999, "decay of the averaged weights (0: off)", {}),
+        ("--ema-warmup", False, "shorter average at the start", ONOFF),
+        ("--freeze-weights", False, "train the puzzle table only", ONOFF),
+        ("--max-steps", None, "stop there", dict(type=int)),
+        ("--max-minutes", None, "stop then", dict(type=float)),
+    ],
+    "run": [
+        ("--run-dir", None, "default runs/PRESET-TIME", dict(metavar="DIR")),
+        ("--checkpoint-path", None, "default the run folder", dict(metavar="DIR")),
+        ("--checkpoint-interval", None, "steps; also saved at evaluations", dict(type=int)),
+        ("--keep-last", None, "checkpoints to keep (default all)", dict(type=int)),
+        ("--monitor", "val/exact_acc", "what best.ckpt is best in (none: off)", {}),
+        ("--monitor-mode", "max", "or min", dict(choices=["max", "min"])),
+        ("--on-save-error", "stop", "disk full: stop or go on", dict(choices=["stop", "continue"])),
+        ("--resume", None, "a run or checkpoint (alone: the newest)", dict(nargs="?", const="newest", metavar="PATH")),
+        ("--eval-limit", None, "score this many examples only", dict(type=int)),
+        ("--log-interval", 10, "steps", {}),
+        ("--skip-sanity-checks", False, "at the start", ONOFF),
+        ("--wandb", None, "log there too", dict(metavar="PROJECT")),
+        ("--device", "auto", "to run on", dict(choices=["auto", "cuda", "mps", "cpu"])),
+        ("--compile", True, "torch.compile", ONOFF),
+        ("--compile-unit", "net", "what is one graph", dict(choices=["net", "cycle", "step"])),
+        ("--compile-mode", "default", "GPU", dict(choices=["default", "reduce-overhead", "max-autotune"])),
+        ("--dist-timeout", 600.0, "seconds until a dead rank ends the run", {}),
+        ("--allow-cpu", False, "train a big preset without a GPU", ONOFF),
+        ("--plot", None, "draw the curves of runs, and stop", dict(nargs="+", metavar="RUN")),
+        ("--bench", None, "time N steps, and stop", dict(nargs="?", const=10, type=int, metavar="N")),
+    ],
+}
+
+
 def parser(suppress=False):
-    """The flags. suppress: leave out what is not on the command line, to tell it from a default."""
+    """suppress: leave out what is not on the command line, to tell it from a default."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter,
                                 argument_default=argparse.SUPPRESS if suppress else None)
     p.error = refuse
-
-    def flag(group, name, default, text, **kind):
-        if not kind and default is not None:
-            kind = dict(type=type(default))
-        if suppress:
-            group.add_argument(name, **kind)
-        else:
-            group.add_argument(name, default=default, help=text, **kind)
-    onoff = dict(action=argparse.BooleanOptionalAction)
-
-    g = p.add_argument_group("what")
-    flag(g, "--preset", "mini", "a task with its settings", choices=list(PRESETS))
-    flag(g, "--data", None, "dataset folders, joined", nargs="+", metavar="DIR")
-    flag(g, "--data-test", None, "folders for the test split (default: as --data)", nargs="+", metavar="DIR")
-    flag(g, "--seq-len", None, "windows of latent episodes (default: the longest)", type=int)
-    flag(g, "--seed", 0, "of weights, data order and exploration")
-    flag(g, "--init", None, "start from its weights; for other puzzles, its mean row", metavar="CKPT")
-    g = p.add_argument_group("model")
-    flag(g, "--mixer", "attn", "mixes positions", choices=["attn", "mlp"])
-    flag(g, "--pos-encodings", "rope", "for attn", choices=["rope", "learned", "none"])
-    flag(g, "--score-mod", "none", "of attention scores", choices=list(SCORE_MODS))
-    flag(g, "--hidden-size", 512, "D")
-    flag(g, "--num-heads", 8, "of attention")
-    flag(g, "--num-layers", 2, "blocks in the net")
-    flag(g, "--expansion", 4.0, "of the SwiGLU")
-    flag(g, "--puzzle-emb-len", 16, "prefix positions")
-    flag(g, "--puzzle-emb-ndim", 512, "width of the puzzle table")
-    flag(g, "--H-cycles", 3, "T, rounds per supervision step")
-    flag(g, "--L-cycles", 6, "n, latent updates per round")
-    flag(g, "--halt-max-steps", 16, "N_sup, supervision steps")
-    flag(g, "--train-max-steps", None, "rises so in training", nargs=2, type=int, metavar="A B")
-    flag(g, "--halt-exploration-prob", 0.1, "draws a least number of steps")
-    flag(g, "--halt-tolerance", 0.01, "regression: a row is right below it")
-    flag(g, "--q-continue", False, "Q-learning halting (HRM)", **onoff)
-    flag(g, "--loss", "stablemax", "of the tokens", choices=list(LOG_PROBS))
-    flag(g, "--dtype", "bfloat16", "of activations; auto: the faster", choices=["bfloat16", "float32", "auto"])
-    g = p.add_argument_group("training")
-    flag(g, "--global-batch-size", 1536, "rows over all ranks")
-    flag(g, "--grad-accum", 1, "parts of a rank's batch, one after another")
-    flag(g, "--epochs", 1, "passes over the groups")
-    flag(g, "--eval-interval", 1, "epochs between evaluations")
-    flag(g, "--lr", 2e-4, "learning rate")
-    flag(g, "--puzzle-emb-lr", 1e-2, "of the puzzle table's SignSGD")
-    flag(g, "--weight-decay", 0.1, "per step: lr * this")
-    flag(g, "--puzzle-emb-weight-decay", 0.1, "likewise")
-    flag(g, "--beta1", 0.9, "of AdamATan2")
-    flag(g, "--beta2", 0.95, "of AdamATan2")
-    flag(g, "--grad-clip", 0.0, "norm of the gradient at most (0: off)")
-    flag(g, "--lr-warmup-steps", 4000, "linear")
-    flag(g, "--lr-min-ratio", 1.0, "where the cosine ends (1: constant)")
-    flag(g, "--ema", 0.999, "decay of the averaged weights (0: off)")
-    flag(g, "--ema-warmup", False, "shorter average at the start", **onoff)
-    flag(g, "--freeze-weights", False, "train the puzzle table only", **onoff)
-    flag(g, "--max-steps", None, "stop there", type=int)
-    flag(g, "--max-minutes", None, "stop then", type=float)
-    g = p.add_argument_group("run")
-    flag(g, "--run-dir", None, "default runs/PRESET-TIME", metavar="DIR")
-    flag(g, "--checkpoint-path", None, "default the run folder", metavar="DIR")
-    flag(g, "--checkpoint-interval", None, "steps; also saved at evaluations", type=int)
-    flag(g, "--keep-last", None, "checkpoints to keep (default all)", type=int)
-    flag(g, "--monitor", "val/exact_acc", "what best.ckpt is best in (none: off)")
-    flag(g, "--monitor-mode", "max", "or min", choices=["max", "min"])
-    flag(g, "--on-save-error", "stop", "disk full: stop or go on", choices=["stop", "continue"])
-    flag(g, "--resume", None, "a run or checkpoint (alone: the newest)", nargs="?", const="newest", metavar="PATH")
-    flag(g, "--eval-limit", None, "score this many examples only", type=int)
-    flag(g, "--log-interval", 10, "steps")
-    flag(g, "--skip-sanity-checks", False, "at the start", **onoff)
-    flag(g, "--wandb", None, "log there too", metavar="PROJECT")
-    flag(g, "--device", "auto", "to run on", choices=["auto", "cuda", "mps", "cpu"])
-    flag(g, "--compile", True, "torch.compile", **onoff)
-    flag(g, "--compile-unit", "net", "what is one graph", choices=["net", "cycle", "step"])
-    flag(g, "--compile-mode", "default", "GPU", choices=["default", "reduce-overhead", "max-autotune"])
-    flag(g, "--dist-timeout", 600.0, "seconds until a dead rank ends the run")
-    flag(g, "--allow-cpu", False, "train a big preset without a GPU", **onoff)
-    flag(g, "--plot", None, "draw the curves of runs, and stop", nargs="+", metavar="RUN")
-    flag(g, "--bench", None, "time N steps, and stop", nargs="?", const=10, type=int, metavar="N")
+    for title, flags in FLAGS.items():
+        group = p.add_argument_group(title)
+        for name, default, text, kind in flags:
+            kind = kind or ({} if default is None else dict(type=type(default)))
+            group.add_argument(name, **kind, **({} if suppress else dict(default=default, help=text)))
     return p
 
 
