@@ -11,17 +11,11 @@ to a latent z and an answer y, improving the answer a little each time.
     net                            TRM.net                 L_level
     carry between training steps   Carry                   carry, inner_carry
 
-Shapes: B batch, S cells of a puzzle, P puzzle-embedding positions, L = P + S, D hidden, H heads, V vocabulary.
-Nothing here reads arguments, the environment, a device or a rank; importing it does nothing.
+Shapes: B batch, S cells of a puzzle, P puzzle-embedding positions, L = P + S, D hidden, H heads, V
+vocabulary. Nothing here reads arguments, the environment, a device or a rank; importing it does nothing.
 """
-import hashlib
 import math
-import os
-import pickle
-import shutil
-import sysconfig
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -29,35 +23,58 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from data import UserError, sha256
+from common import UserError, within
 
 IGNORE = -100  # a label that is neither trained on nor scored
 
 
+def option(default, help, **how):
+    """A field of Config that train.py makes a flag of: its help, and what else argparse's add_argument
+    takes."""
+    return field(default=default, metadata={"help": help, **how})
+
+
 @dataclass
 class Config:
-    """Architecture of one model. Sizes of the data (first line) come from dataset.json."""
+    """Architecture of one model. The sizes of the data come from dataset.json; every other field IS a flag of
+    train.py: a new one needs no more than a line here. Raises UserError for values that contradict each
+    other."""
     vocab_size: int = 11            # 0 in a regression task
     seq_len: int = 81               # S
     num_puzzles: int = 1            # rows of the puzzle table, row 0 is blank
     input_dim: int = 0              # regression only: numbers per input cell
     target_dim: int = 0             # regression only: numbers per target cell
-    hidden_size: int = 512          # D
-    num_heads: int = 8
-    num_layers: int = 2
-    expansion: float = 4.0
-    mixer: str = "attn"             # what mixes the positions: "attn" or "mlp"
-    pos_encodings: str = "rope"     # "rope", "learned" or "none"
-    puzzle_emb_len: int = 16        # P
-    puzzle_emb_ndim: int = 512      # width of a row of the puzzle table, at most P * D
-    H_cycles: int = 3               # T
-    L_cycles: int = 6               # n
-    halt_max_steps: int = 16        # N_sup
-    q_continue: bool = False        # also train q_continue, and halt when q_halt > q_continue
-    loss: str = "stablemax"         # or "softmax"
-    halt_tolerance: float = 0.01    # regression: a row is right when its mean squared error is below
-    score_mod: str = "none"         # "sudoku": attention that knows rows, columns and boxes
-    dtype: str = "bfloat16"         # of all activations
+    mixer: str = option("attn", "what mixes the positions", choices=["attn", "mlp"])
+    pos_encodings: str = option("rope", "of positions; rope needs attn", choices=["rope", "learned", "none"])
+    score_mod: str = option("none", "of attention scores; sudoku knows rows, columns, boxes",
+                            choices=["none", "sudoku"])
+    hidden_size: int = option(512, "D", type=within(int, 1))
+    num_heads: int = option(8, "of attention", type=within(int, 1))
+    num_layers: int = option(2, "blocks of the net", type=within(int, 1))
+    expansion: float = option(4.0, "of the SwiGLU", type=within(float, 0.01, 1000))
+    puzzle_emb_len: int = option(16, "P, prefix positions of the puzzle embedding", type=within(int, 0))
+    puzzle_emb_ndim: int = option(512, "width of the puzzle table, at most P x D", type=within(int, 0))
+    H_cycles: int = option(3, "T, rounds per supervision step", type=within(int, 1))
+    L_cycles: int = option(6, "n, latent updates per round", type=within(int, 1))
+    halt_max_steps: int = option(16, "N_sup, supervision steps", type=within(int, 1))
+    q_continue: bool = option(False, "Q-learning halting as in HRM: also train q_continue, halt above it")
+    loss: str = option("stablemax", "of the tokens", choices=["stablemax", "softmax"])
+    halt_tolerance: float = option(0.01, "regression: a row is right when its squared error is below",
+                                   type=within(float, 0))
+    dtype: str = option("bfloat16", "of activations; auto: the faster here",
+                        choices=["bfloat16", "float32", "auto"])
+
+    def __post_init__(self):
+        if self.mixer == "attn" and self.hidden_size % (2 * self.num_heads):
+            raise UserError(f"--hidden-size {self.hidden_size} does not give {self.num_heads} heads of even "
+                            f"width; use a multiple of {2 * self.num_heads}")
+        if self.puzzle_emb_ndim > self.puzzle_emb_len * self.hidden_size:
+            raise UserError(f"--puzzle-emb-ndim {self.puzzle_emb_ndim} is wider than --puzzle-emb-len "
+                            f"{self.puzzle_emb_len} x --hidden-size {self.hidden_size}; lower it to "
+                            f"{self.puzzle_emb_len * self.hidden_size}")
+        if self.score_mod == "sudoku" and (self.mixer != "attn" or self.seq_len not in (16, 36, 81)):
+            raise UserError(f"--score-mod sudoku needs --mixer attn and boards of 4x4, 6x6 or 9x9; this is "
+                            f"{self.mixer} with {self.seq_len} cells: leave it out")
 
     @property
     def length(self):
@@ -67,6 +84,20 @@ class Config:
     def regression(self):
         return self.target_dim > 0
 
+    @property
+    def rope(self):
+        return self.mixer == "attn" and self.pos_encodings == "rope"
+
+
+def read_config(saved, **changes):
+    """The Config that a checkpoint holds as a dict, with changes. What an older one did not know has its
+    default. Raises UserError for what this code does not know."""
+    unknown = sorted(saved.keys() - {f.name for f in fields(Config)})
+    if unknown:
+        raise UserError(f"the checkpoint has {', '.join(unknown)}, which this model.py does not know: it was "
+                        f"written by other code; use that, or add the field to Config")
+    return Config(**{**saved, **changes})
+
 
 class Carry(NamedTuple):
     """What lives from one supervision step to the next, one row per slot of the batch."""
@@ -75,7 +106,7 @@ class Carry(NamedTuple):
     steps: torch.Tensor         # (B,) int32, supervision steps done on this puzzle
     halted: torch.Tensor        # (B,) bool, the row takes a new puzzle at the next step
     inputs: torch.Tensor        # (B, S) int32 tokens, or (B, S, input_dim) float32
-    labels: torch.Tensor        # (B, S) int32, IGNORE where nothing is asked; or (B, S, target_dim) float32, NaN there
+    labels: torch.Tensor        # (B, S) int32, IGNORE where not asked; or (B, S, target_dim) float32, NaN
     puzzle_ids: torch.Tensor    # (B,) int32 rows of the puzzle table
 
 
@@ -93,8 +124,8 @@ class Batch(NamedTuple):
 def trunc_normal(shape, std, generator):
     """float32 tensor of a normal cut at two standard deviations, rescaled so that its true std is `std`
     (torch's own trunc_normal_ leaves it at 0.88 of what is asked)."""
-    scale = std / 0.8796256610342398  # std of a unit normal cut at -2 and 2
-    return nn.init.trunc_normal_(torch.empty(shape), std=scale, a=-2 * scale, b=2 * scale, generator=generator)
+    scale, empty = std / 0.8796256610342398, torch.empty(shape)     # std of a unit normal cut at -2 and 2
+    return nn.init.trunc_normal_(empty, std=scale, a=-2 * scale, b=2 * scale, generator=generator)
 
 
 def swiglu_width(n, expansion):
@@ -114,14 +145,15 @@ def swiglu(h, w_gate_up, w_down):
 
 
 def swiglu_over_positions(h, w_gate_up, w_down):
-    """The SwiGLU over the first axis of h (L, B, D): one product for the whole batch, and nothing is transposed."""
-    gate, up = (w_gate_up @ h.flatten(1)).chunk(2)                                        # (I, B * D) each
+    """The SwiGLU over the first axis of h (L, B, D): one product for the whole batch, and nothing is
+    transposed."""
+    gate, up = (w_gate_up @ h.flatten(1)).chunk(2)                                   # (I, B * D) each
     return (w_down @ (F.silu(gate) * up)).view_as(h)
 
 
 def rope_tables(length, head_dim):
-    """cos and sin, each (L, head_dim) float32, base 10000; the first half rotates with the second, and so has the
-    sine negated."""
+    """cos and sin, each (L, head_dim) float32, base 10000; the first half rotates with the second, and so has
+    the sine negated."""
     freq = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), freq)
     return angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
@@ -136,8 +168,8 @@ def rotate(q, cos, sin):
 
 def sudoku_score_mod(cfg):
     """The worked example of a score_mod: three of every four heads favour the cells of the same row, of the
-    same column or of the same box by +1 before the softmax, as ALiBi does with distance. Boards are square;
-    boxes are those of prepare/sudoku.py (2x2, 2x3, 3x3). The puzzle positions are left alone."""
+    same column or of the same box by +1 before the softmax, as ALiBi does with distance. Boxes are those of
+    prepare/sudoku.py (2x2, 2x3, 3x3). The puzzle positions are left alone."""
     size = math.isqrt(cfg.seq_len)
     box_rows, P = math.isqrt(size), cfg.puzzle_emb_len
     box_cols = size // box_rows
@@ -146,64 +178,48 @@ def sudoku_score_mod(cfg):
         row_i, col_i = (i - P) // size, (i - P) % size
         row_j, col_j = (j - P) // size, (j - P) % size
         same_box = (row_i // box_rows == row_j // box_rows) & (col_i // box_cols == col_j // box_cols)
-        near = (((h % 4 == 1) & (row_i == row_j)) | ((h % 4 == 2) & (col_i == col_j)) | ((h % 4 == 3) & same_box))
+        kind = h % 4
+        near = (kind == 1) & (row_i == row_j) | (kind == 2) & (col_i == col_j) | (kind == 3) & same_box
         return score + torch.where(near & (i >= P) & (j >= P), 1.0, 0.0)
     return score_mod
 
 
-SCORE_MODS = {"none": lambda cfg: None, "sudoku": sudoku_score_mod}  # put your own here
+SCORE_MODS = {"none": lambda cfg: None, "sudoku": sudoku_score_mod}  # your own: here and in Config's choices
 
 
 def attend(q, k, v, score_mod=None):
     """softmax(score_mod(q k / sqrt(head_dim))) v for q, k, v of (B, H, L, head_dim).
 
-    FlexAttention where it is fused and can train: compiled on CUDA (on a CPU it has no backward in torch 2.13).
-    Elsewhere scaled_dot_product_attention, or plain products when a score_mod must see the scores. A mask is a
-    score_mod that returns -inf.
+    FlexAttention where it is fused and can train: compiled on CUDA (on a CPU it has no backward in torch
+    2.13). Elsewhere scaled_dot_product_attention, or plain products when a score_mod must see the scores. A
+    mask is a score_mod that returns -inf.
     """
     if q.is_cuda and torch.compiler.is_compiling():
         return flex_attention(q, k, v, score_mod=score_mod)
     if score_mod is None and q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
+    # Plain products on a CPU: at these lengths its flash kernel is slower, above all backward.
     B, H, L, head_dim = q.shape
-    scores = (q / math.sqrt(head_dim) @ k.mT).float()                                     # (B, H, L, L)
+    scores = (q / math.sqrt(head_dim) @ k.mT).float()                                # (B, H, L, L)
     if score_mod is not None:
         b, h, i, j = (torch.arange(n, device=q.device) for n in (B, H, L, L))
         scores = score_mod(scores, b[:, None, None, None], h[:, None, None], i[:, None], j)
-    weight = ((scores - scores.detach().amax(-1, keepdim=True)) * math.log2(math.e)).exp2()   # faster than exp
+    # exp2 is faster than exp, and dividing after the product with v spares a pass over (L, L)
+    weight = ((scores - scores.detach().amax(-1, keepdim=True)) * math.log2(math.e)).exp2()
     return (weight.to(q.dtype) @ v / weight.sum(-1, keepdim=True)).to(q.dtype)
 
 
 def attention(h, w_qkv, w_out, num_heads, rope, score_mod):
     B, L, D = h.shape
-    q, k, v = F.linear(h, w_qkv).view(B, L, 3, num_heads, D // num_heads).unbind(2)   # each (B, L, H, D/H)
+    q, k, v = F.linear(h, w_qkv).view(B, L, 3, num_heads, D // num_heads).unbind(2)  # each (B, L, H, D/H)
     if rope is not None:
         q, k = rotate(q, *rope), rotate(k, *rope)
     out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), score_mod)  # (B, H, L, D/H)
     return F.linear(out.transpose(1, 2).reshape(B, L, D), w_out)
 
 
-class CastOnce(torch.autograd.Function):
-    """Cast a float32 master weight to the compute dtype once and hand it out `uses` times.
-
-    Autograd would add up the gradients of several uses in the compute dtype; here every use has its own,
-    and they are summed in float32.
-    """
-    @staticmethod
-    def forward(ctx, weight, dtype, uses):
-        cast = weight.to(dtype)
-        return tuple(cast.view_as(cast) for _ in range(uses))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        total = grads[0].float()
-        for g in grads[1:]:
-            total = total + g
-        return total, None, None
-
-
 class Block(nn.Module):
-    """The four float32 matrices of one block. `TRM.net` applies them."""
+    """A mixer over positions, then a SwiGLU over features, each followed by a norm (post-norm)."""
 
     def __init__(self, cfg, generator):
         super().__init__()
@@ -213,18 +229,32 @@ class Block(nn.Module):
         shapes = {"mix_in": mix_in, "mix_out": mix_out, "mlp_in": (2 * inner, D), "mlp_out": (D, inner)}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(trunc_normal(shape, shape[1] ** -0.5, generator)))
+        self.mixer, self.num_heads = cfg.mixer, cfg.num_heads
 
+    def forward(self, h, rope, score_mod):
+        """(B, L, D) to the same; with the mlp mixer (L, B, D), see swiglu_over_positions."""
+        mix_in, mix_out = self.mix_in.to(h.dtype), self.mix_out.to(h.dtype)
+        if self.mixer == "mlp":
+            h = rms_norm(h + swiglu_over_positions(h, mix_in, mix_out), dim=0)
+        else:
+            h = rms_norm(h + attention(h, mix_in, mix_out, self.num_heads, rope, score_mod))
+        return rms_norm(h + swiglu(h, self.mlp_in.to(h.dtype), self.mlp_out.to(h.dtype)))
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
 
 class TRM(nn.Module):
-    """The model. `step` does one supervision step on a carry; `loss` scores what it gave."""
+    """The model. `step` does one supervision step on a carry; act_loss scores what it gave."""
 
     def __init__(self, cfg, generator):
         super().__init__()
         D, V = cfg.hidden_size, cfg.target_dim or cfg.vocab_size
         self.cfg = cfg
         self.dtype = getattr(torch, cfg.dtype)
-        rows = cfg.input_dim or V                 # x has unit variance for a token, and for numbers of unit variance
-        self.embed_tokens = nn.Parameter(trunc_normal((rows, D), (D * max(1, cfg.input_dim)) ** -0.5, generator))
+        # x has unit variance for a token, and for numbers of unit variance
+        rows, std = cfg.input_dim or V, (D * max(1, cfg.input_dim)) ** -0.5
+        self.embed_tokens = nn.Parameter(trunc_normal((rows, D), std, generator))
         if cfg.pos_encodings == "learned":
             self.embed_pos = nn.Parameter(trunc_normal((cfg.length, D), D ** -0.5, generator))
         self.blocks = nn.ModuleList(Block(cfg, generator) for _ in range(cfg.num_layers))
@@ -233,81 +263,56 @@ class TRM(nn.Module):
         self.q_bias = nn.Parameter(torch.full((2,), -5.0))
         self.register_buffer("y0", trunc_normal((D,), 1.0, generator))
         self.register_buffer("z0", trunc_normal((D,), 1.0, generator))
+        # no Parameter: its own optimizer touches only the rows in use, and a dense gradient would be as large
         self.register_buffer("puzzle_emb", torch.zeros(cfg.num_puzzles, cfg.puzzle_emb_ndim))
         self.score_mod = SCORE_MODS[cfg.score_mod](cfg)
-        if cfg.pos_encodings == "rope":
+        if cfg.rope:
             cos, sin = rope_tables(cfg.length, D // cfg.num_heads)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
 
-    def empty_carry(self, batch):
-        """A carry whose rows are all halted, so that the first step fills them. Takes shapes from `batch`."""
-        B, cfg = len(batch.puzzle_ids), self.cfg
-        state = torch.zeros(B, cfg.length, cfg.hidden_size, dtype=self.dtype, device=self.y0.device)
-        steps = torch.zeros(B, dtype=torch.int32, device=state.device)
-        return Carry(state, state.clone(), steps, torch.ones_like(steps, dtype=torch.bool),
-                     torch.zeros_like(batch.inputs), torch.zeros_like(batch.labels), torch.zeros_like(batch.puzzle_ids))
-
-    def admit(self, carry, batch):
-        """Give the halted rows of the carry the rows of `batch`, y0, z0 and 0 steps; the others drop the new row."""
-        def choose(new, old):
-            return torch.where(carry.halted.view(-1, *[1] * (old.ndim - 1)), new, old)
-        return Carry(choose(self.y0.to(self.dtype), carry.y), choose(self.z0.to(self.dtype), carry.z),
-                     choose(torch.zeros_like(carry.steps), carry.steps), carry.halted,
-                     choose(batch.inputs, carry.inputs), choose(batch.labels, carry.labels),
-                     choose(batch.puzzle_ids, carry.puzzle_ids))
-
     def embed(self, inputs, rows):
-        """x (B, L, D) from tokens (B, S) or numbers (B, S, input_dim) and puzzle rows (B, puzzle_emb_ndim)."""
+        """x (B, L, D) from tokens (B, S) or numbers (B, S, input_dim) and puzzle rows (B,
+        puzzle_emb_ndim)."""
         cfg, E = self.cfg, self.embed_tokens.to(self.dtype)
-        if not cfg.regression:  # a product with one-hot rows: its gradient adds up in float32, without atomics
-            inputs = inputs[..., None] == torch.arange(cfg.vocab_size, device=inputs.device, dtype=inputs.dtype)
-        x = inputs.to(self.dtype) @ E                                                    # (B, S, D)
+        if not cfg.regression:  # a product with one-hot rows: its gradient adds up in order, without atomics
+            vocabulary = torch.arange(cfg.vocab_size, device=inputs.device, dtype=inputs.dtype)
+            inputs = inputs[..., None] == vocabulary
+        x = inputs.to(self.dtype) @ E                                                # (B, S, D)
         if cfg.puzzle_emb_len:
-            prefix = F.pad(rows, (0, cfg.puzzle_emb_len * cfg.hidden_size - cfg.puzzle_emb_ndim)).to(self.dtype)
-            x = torch.cat((prefix.view(-1, cfg.puzzle_emb_len, cfg.hidden_size), x), dim=1)  # (B, L, D)
+            P, D = cfg.puzzle_emb_len, cfg.hidden_size
+            prefix = F.pad(rows, (0, P * D - cfg.puzzle_emb_ndim)).to(self.dtype)
+            x = torch.cat((prefix.view(-1, P, D), x), dim=1)                         # (B, L, D)
         if cfg.pos_encodings == "learned":
             x = math.sqrt(0.5) * (x + self.embed_pos.to(self.dtype))
         return math.sqrt(cfg.hidden_size) * x
 
-    def cast_weights(self, uses):
-        """`uses` lists of (mix_in, mix_out, mlp_in, mlp_out) per block, all of one cast to the compute dtype."""
-        cast = [[CastOnce.apply(w, self.dtype, uses) for w in block.parameters()] for block in self.blocks]
-        return [[[w[use] for w in block] for block in cast] for use in range(uses)]
-
-    def net(self, h, injection, weights):
-        """The network, (B, L, D) to (B, L, D): post-norm blocks of a mixer over positions and a SwiGLU."""
-        cfg = self.cfg
-        rope = (self.cos, self.sin) if cfg.pos_encodings == "rope" else None
+    def net(self, h, injection):
+        """The one tiny network, (B, L, D) to (B, L, D). Weights are cast to the compute dtype at every use,
+        so that the gradients of the uses are added up in float32."""
         h = h + injection
-        for mix_in, mix_out, mlp_in, mlp_out in weights:
-            if cfg.mixer == "mlp":
-                h = rms_norm(h + swiglu_over_positions(h, mix_in, mix_out), dim=0)       # h is (L, B, D)
-            else:
-                h = rms_norm(h + attention(h, mix_in, mix_out, cfg.num_heads, rope, self.score_mod))
-            h = rms_norm(h + swiglu(h, mlp_in, mlp_out))
+        for block in self.blocks:
+            h = block(h, (self.cos, self.sin) if self.cfg.rope else None, self.score_mod)
         return h
 
-    def cycle(self, x, y, z, weights):
-        """n times z = net(z, y + x), then y = net(y, z); `weights` holds those of each of the n + 1 uses."""
+    def cycle(self, x, y, z):
+        """One round: n times z = net(z, y + x), then y = net(y, z)."""
         injection = y + x
-        for use in range(self.cfg.L_cycles):
-            z = self.net(z, injection, weights[use])
-        return self.net(y, z, weights[-1]), z
+        for _ in range(self.cfg.L_cycles):
+            z = self.net(z, injection)
+        return self.net(y, z), z
 
     def improve(self, x, y, z):
         """The recursion of one supervision step: T rounds, all but the last without gradient."""
         if self.cfg.mixer == "mlp":     # positions first: see swiglu_over_positions
             x, y, z = (h.transpose(0, 1).contiguous() for h in (x, y, z))
-        weights = self.cast_weights(self.cfg.L_cycles + 1)
         with torch.no_grad():
-            fixed = [[[w.detach() for w in block] for block in use] for use in weights]
             for _ in range(self.cfg.H_cycles - 1):
-                y, z = self.cycle(x, y, z, fixed)
+                y, z = self.cycle(x, y, z)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # every application of net below then has one signature, and compiles once
             y, z = y.detach().requires_grad_(), z.detach().requires_grad_()
-        y, z = self.cycle(x, y, z, weights)
+        y, z = self.cycle(x, y, z)
         return (y.transpose(0, 1), z.transpose(0, 1)) if self.cfg.mixer == "mlp" else (y, z)
 
     def heads(self, y):
@@ -316,28 +321,48 @@ class TRM(nn.Module):
         q = F.linear(y[:, 0], self.q_head.to(self.dtype), self.q_bias.to(self.dtype))
         return logits, q.float()
 
+    def empty_carry(self, batch):
+        """A carry whose rows are all halted, so that the first step fills them. Takes shapes from `batch`."""
+        B, cfg = len(batch.puzzle_ids), self.cfg
+        state = torch.zeros(B, cfg.length, cfg.hidden_size, dtype=self.dtype, device=self.y0.device)
+        steps = torch.zeros(B, dtype=torch.int32, device=state.device)
+        return Carry(state, state.clone(), steps, torch.ones_like(steps, dtype=torch.bool),
+                     torch.zeros_like(batch.inputs), torch.zeros_like(batch.labels),
+                     torch.zeros_like(batch.puzzle_ids))
+
+    def admit(self, carry, batch):
+        """Give the halted rows of the carry the rows of `batch`, y0, z0 and 0 steps; the others drop the new
+        row."""
+        def choose(new, old):
+            return torch.where(carry.halted.view(-1, *[1] * (old.ndim - 1)), new, old)
+        return Carry(choose(self.y0.to(self.dtype), carry.y), choose(self.z0.to(self.dtype), carry.z),
+                     choose(torch.zeros_like(carry.steps), carry.steps), carry.halted,
+                     choose(batch.inputs, carry.inputs), choose(batch.labels, carry.labels),
+                     choose(batch.puzzle_ids, carry.puzzle_ids))
+
     def step(self, carry, batch, delta=None, max_steps=None):
         """One supervision step: (carry, batch) to (new carry, logits, q).
 
-        delta: (B, puzzle_emb_ndim) zeros whose gradient is that of the puzzle rows in use (the table itself is
-            no Parameter: a dense gradient would be as large as the table).
-        max_steps: int tensor, the steps after which a row halts unless exploration holds it; halt_max_steps by default.
+        delta: (B, puzzle_emb_ndim) zeros whose gradient is that of the puzzle rows in use.
+        max_steps: int or int tensor, the steps after which a row halts unless exploration holds it;
+            halt_max_steps by default.
         """
         cfg = self.cfg
         carry = self.admit(carry, batch)
-        rows = self.puzzle_emb[carry.puzzle_ids]                                          # (B, puzzle_emb_ndim)
+        rows = self.puzzle_emb[carry.puzzle_ids]                                     # (B, puzzle_emb_ndim)
         x = self.embed(carry.inputs, rows if delta is None else rows + delta)
         y, z = self.improve(x, carry.y, carry.z)
         logits, q = self.heads(y)
         steps = carry.steps + 1
         halted = steps >= (cfg.halt_max_steps if max_steps is None else max_steps)
-        if self.training and cfg.halt_max_steps > 1:
+        if self.training:
             wants_to_halt = q[:, 0] > (q[:, 1] if cfg.q_continue else 0)
             halted = (halted | wants_to_halt) & (steps >= batch.min_steps)
         return carry._replace(y=y.detach(), z=z.detach(), steps=steps, halted=halted), logits, q
 
     def continue_target(self, carry):
-        """Q-learning target of q_continue (HRM, arXiv 2506.21734, section 2): what the next step would promise."""
+        """Q-learning target of q_continue (HRM, arXiv 2506.21734, section 2): what the next step would
+        promise."""
         with torch.no_grad():
             x = self.embed(carry.inputs, self.puzzle_emb[carry.puzzle_ids])
             q = self.heads(self.improve(x, carry.y, carry.z)[0])[1]
@@ -361,212 +386,115 @@ def log_softmax(logits):
 
 
 LOG_PROBS = {"stablemax": log_stablemax, "softmax": log_softmax}
-TOKEN_METRICS = ("count", "cell_acc", "exact_acc", "q_halt_acc", "steps", "lm_loss", "q_halt_loss", "q_continue_loss")
-REGRESSION_METRICS = ("count", "mae", "within_tolerance", "q_halt_acc", "steps", "regression_loss", "q_halt_loss",
-                      "q_continue_loss")
+
+
+class RowScores(NamedTuple):
+    """How right every row of a batch is, (B,) each."""
+    loss: torch.Tensor      # mean over the cells asked
+    cell: torch.Tensor      # share of right cells; regression: mean absolute error
+    right: torch.Tensor     # bool, the whole row
+    n: torch.Tensor         # cells asked, 0 in a row of padding
+
+
+class Names(NamedTuple):
+    """What the fields of RowScores are called in logs and results."""
+    loss: str = "lm_loss"
+    cell: str = "cell_acc"
+    right: str = "exact_acc"
+
+
+OVER_ALL_ROWS = {"lm_loss", "regression_loss", "q_halt_loss", "q_continue_loss"}     # the others: halted ones
 
 
 def metric_names(cfg):
-    return REGRESSION_METRICS if cfg.regression else TOKEN_METRICS
+    return Names("regression_loss", "mae", "within_tolerance") if cfg.regression else Names()
 
 
 def token_rows(cfg, logits, labels):
-    """Per row (B,): loss, fraction of right cells, all right, number of labelled cells."""
-    asked = labels != IGNORE                                                              # (B, S)
+    """RowScores of logits (B, S, V) against labels (B, S)."""
+    asked = labels != IGNORE                                                         # (B, S)
     n = asked.sum(-1)
     log_p = LOG_PROBS[cfg.loss](logits)
     nll = -log_p.gather(-1, torch.where(asked, labels, 0).long()[..., None])[..., 0]
-    right = asked & (logits.argmax(-1) == labels)
-    return (torch.where(asked, nll, 0).sum(-1) / n.clamp(min=1), right.sum(-1) / n.clamp(min=1), right.sum(-1) == n, n)
+    right = (asked & (logits.argmax(-1) == labels)).sum(-1)
+    some = n.clamp(min=1)
+    return RowScores(torch.where(asked, nll, 0).sum(-1) / some, right / some, right == n, n)
 
 
 def regression_rows(cfg, predictions, targets):
-    """Per row (B,): mean squared error, mean absolute error, error under the tolerance, number of masked-in cells."""
-    asked = ~targets.isnan().any(-1)                                                      # (B, S)
+    """RowScores of predictions against targets, both (B, S, target_dim), NaN where nothing is asked."""
+    asked = ~targets.isnan().any(-1)                                                 # (B, S)
     n = asked.sum(-1)
     diff = torch.where(asked[..., None], predictions.float() - targets.nan_to_num(), 0)
     cells = n.clamp(min=1) * targets.shape[-1]
     mse = diff.square().sum((-1, -2)) / cells
-    return mse, diff.abs().sum((-1, -2)) / cells, mse.detach() < cfg.halt_tolerance, n
+    return RowScores(mse, diff.abs().sum((-1, -2)) / cells, mse.detach() < cfg.halt_tolerance, n)
+
+
+def row_scores(cfg, logits, labels):
+    return (regression_rows if cfg.regression else token_rows)(cfg, logits, labels)
 
 
 def act_loss(cfg, carry, logits, q, continue_target=None):
-    """Loss summed over rows (divide by the global batch size), and the sums behind the metrics.
+    """Loss summed over rows (divide by the global batch size), and the sums behind the metrics by name.
 
-    Returns (loss, sums): sums is a float32 vector in the order of metric_names(cfg); its first five entries
-    count only rows that halted in this step and have labels, its last three are over all rows.
+    Returns (loss, {name: 0-D tensor}): `count` is the number of rows that halted in this step and have
+    labels; the sums of OVER_ALL_ROWS are over all rows, the others over those that count.
     """
-    rows = regression_rows if cfg.regression else token_rows
-    row_loss, cell_score, right, n = rows(cfg, logits, carry.labels)
-    q_halt_loss = F.binary_cross_entropy_with_logits(q[:, 0], right.float(), reduction="sum")
+    rows, names = row_scores(cfg, logits, carry.labels), metric_names(cfg)
+    q_halt_loss = F.binary_cross_entropy_with_logits(q[:, 0], rows.right.float(), reduction="sum")
     q_continue_loss = torch.zeros_like(q_halt_loss)
     if continue_target is not None:
         q_continue_loss = F.binary_cross_entropy_with_logits(q[:, 1], continue_target, reduction="sum")
-    loss = row_loss.sum() + 0.5 * (q_halt_loss + q_continue_loss)
+    loss = rows.loss.sum() + 0.5 * (q_halt_loss + q_continue_loss)
     with torch.no_grad():
-        scored = (carry.halted & (n > 0)).float()
-        q_right = (q[:, 0] >= 0) == right
-        per_row = torch.stack((torch.ones_like(scored), cell_score.float(), right.float(), q_right.float(),
-                               carry.steps.float()))
-        sums = torch.cat((per_row @ scored, torch.stack((row_loss.sum(), q_halt_loss, q_continue_loss)).float()))
+        scored = carry.halted & (rows.n > 0)
+        means = {names.cell: rows.cell, names.right: rows.right, "q_halt_acc": (q[:, 0] >= 0) == rows.right,
+                 "steps": carry.steps}
+        sums = {"count": scored.sum(), **{name: (value * scored).sum() for name, value in means.items()},
+                names.loss: rows.loss.sum(), "q_halt_loss": q_halt_loss, "q_continue_loss": q_continue_loss}
+        sums = {name: value.detach().float() for name, value in sums.items()}
     return loss, sums
 
 
-def compiler_lacks(device):
-    """What torch.compile lacks for this device, in words, or "" when it lacks nothing: on a CPU it writes C++."""
-    if device.type != "cpu":
-        return ""
-    lacks = [] if any(map(shutil.which, ("c++", "g++", "clang++", "cl"))) else ["a C++ compiler"]
-    lacks += [] if Path(sysconfig.get_path("include"), "Python.h").exists() else ["Python.h (Debian: python3-dev)"]
-    return " and ".join(lacks)
-
-
-def compile_model(model, unit="net", mode="default", backend="inductor"):
-    """Compile one piece of the recursion in place: "net" (the piece that repeats: one small graph, applied
-    T * (n + 1) times), "cycle" (a whole round) or "step" (all rounds, the longest to compile). mode: torch.compile's."""
-    name = {"net": "net", "cycle": "cycle", "step": "improve"}[unit]
-    how = dict(mode=mode) if backend == "inductor" else {}
-    setattr(model, name, torch.compile(getattr(model, name), fullgraph=True, dynamic=False, backend=backend, **how))
-
-
 # ---------------------------------------------------------------------------------------------
-# Checkpoint files
+# Arithmetic, loading, compiling
 
-class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged or does not fit; says which file and what to do."""
-
-
-def save_file(path, content):
-    """torch.save that is all or nothing: temporary file, fsync, rename. The sha256 of the bytes stands at the
-    end as the comment of the zip archive, so that plain torch.load reads the file too. Raises OSError."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with open(tmp, "wb") as f:
-            torch.save(content, f)
-        digest = sha256(tmp).encode()
-        with open(tmp, "r+b") as f:
-            f.seek(-2, os.SEEK_END)     # the last two bytes of a zip archive are the length of its comment
-            f.write(len(digest).to_bytes(2, "little") + digest)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except RuntimeError as e:   # torch's zip writer trips over a full disk, and hides what it was
-        raise e.__context__ if isinstance(e.__context__, OSError) else e
-    finally:
-        tmp.unlink(missing_ok=True)
+class Flops(NamedTuple):
+    """FLOPs of one row and supervision step; a multiply-add is 2, matrix products only."""
+    forward: int
+    step: int       # of training: forward and backward
+    embed: int      # the part of forward that evaluation does once a puzzle, not once a step
 
 
-def load_file(path):
-    """What save_file wrote, or any plain torch file (those carry no checksum). Tensors come to the CPU;
-    weights_only, so that a file can never run code. Raises CheckpointError for a damaged file."""
-    path = Path(path)
-    try:
-        with open(path, "rb") as f:
-            f.seek(-66, os.SEEK_END)
-            tail = f.read()
-            if tail[:2] == (64).to_bytes(2, "little"):
-                f.seek(0)
-                digest, left = hashlib.sha256(), path.stat().st_size - 66
-                while left:
-                    block = f.read(min(left, 1 << 22))
-                    digest.update(block)
-                    left -= len(block)
-                digest.update(b"\0\0")
-                if digest.hexdigest().encode() != tail[2:]:
-                    raise CheckpointError(f"{path} is damaged: its sha256 is not the one it was saved with")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if "config" in content and tail[:2] != (64).to_bytes(2, "little"):
-            raise CheckpointError(f"{path} is damaged: its sha256 is missing")
-        return content
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} not found") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason[:200]}") from None
-
-
-# The published format: a plain state dict of the published training module
-
-PREFIX = "model.inner."
-
-
-def published_names(cfg):
-    """{our key: published key without prefix} of all that a checkpoint holds."""
-    names = {"embed_tokens": "embed_tokens.embedding_weight", "lm_head": "lm_head.weight",
-             "q_head": "q_head.weight", "q_bias": "q_head.bias", "puzzle_emb": "puzzle_emb.weights",
-             "y0": "H_init", "z0": "L_init"}
-    if cfg.pos_encodings == "learned":
-        names["embed_pos"] = "embed_pos.embedding_weight"
-    mix_in, mix_out = {"mlp": ("mlp_t.gate_up_proj", "mlp_t.down_proj"),
-                       "attn": ("self_attn.qkv_proj", "self_attn.o_proj")}[cfg.mixer]
-    parts = {"mix_in": mix_in, "mix_out": mix_out, "mlp_in": "mlp.gate_up_proj", "mlp_out": "mlp.down_proj"}
-    for i in range(cfg.num_layers):
-        for ours, theirs in parts.items():
-            names[f"blocks.{i}.{ours}"] = f"L_level.layers.{i}.{theirs}.weight"
-    return names
-
-
-def to_published(cfg, state):
-    """Our state dict to a published one, as the compiled training module would save it."""
-    return {f"_orig_mod.{PREFIX}{theirs}": state[ours].clone() for ours, theirs in published_names(cfg).items()}
-
-
-def config_from_published(shapes, overrides):
-    """Config from the shapes of a published state dict, keys without prefix. Shapes tell all but the cycles and,
-    without rope tables, the heads: `overrides` gives those (and wins). Raises CheckpointError."""
-    try:
-        V, D = shapes["embed_tokens.embedding_weight"]
-        rows, ndim = shapes["puzzle_emb.weights"]
-        n_layers = len({k.split(".")[2] for k in shapes if k.startswith("L_level.layers.")})
-        mlp = "L_level.layers.0.mlp_t.gate_up_proj.weight" in shapes
-        expansion = shapes["L_level.layers.0.mlp.down_proj.weight"][1] * 3 / (2 * D)
-        P = overrides.get("puzzle_emb_len", 16)
-        length = shapes["L_level.layers.0.mlp_t.down_proj.weight"][0] if mlp else overrides["seq_len"] + P
-    except KeyError as e:
-        raise CheckpointError(f"not a published TRM checkpoint: it has no {e.args[0]}") from None
-    settings = dict(vocab_size=V, hidden_size=D, num_puzzles=rows, puzzle_emb_ndim=ndim, num_layers=n_layers,
-                    mixer="mlp" if mlp else "attn", seq_len=length - P, puzzle_emb_len=P,
-                    pos_encodings="learned" if "embed_pos.embedding_weight" in shapes else "none" if mlp else "rope")
-    inner = shapes["L_level.layers.0.mlp.down_proj.weight"][1]
-    if swiglu_width(D, 4.0) != inner:
-        settings["expansion"] = expansion
-    return Config(**{**settings, **overrides})
-
-
-def from_published(state, overrides):
-    """(Config, our state dict) from a published state dict, with or without the `_orig_mod.` prefix. Strict:
-    raises CheckpointError that names a missing, extra or misshapen key."""
-    found = {}
-    for key, tensor in state.items():
-        name = key.removeprefix("_orig_mod.")
-        if not name.startswith(PREFIX):
-            raise CheckpointError(f"unexpected key {key}: published keys begin with {PREFIX}")
-        found[name.removeprefix(PREFIX)] = tensor
-    cfg = config_from_published({k: tuple(v.shape) for k, v in found.items()}, overrides)
-    names = published_names(cfg)
-    missing, extra = set(names.values()) - found.keys(), found.keys() - set(names.values())
-    if missing or extra:
-        raise CheckpointError("the published checkpoint " + "; ".join(
-            f"{what} {', '.join(sorted(keys))}" for what, keys in (("lacks", missing), ("has unknown", extra)) if keys))
-    return cfg, {ours: found[theirs].float() for ours, theirs in names.items()}
+def flops(cfg):
+    """Flops of a Config. A net costs twice its multiply-adds; T (n + 1) nets go forward, and backward costs
+    the last n + 1 twice more."""
+    D, L, S = cfg.hidden_size, cfg.length, cfg.seq_len
+    attn, mlp = 4 * L * D * D + 2 * L * L * D, 3 * D * L * swiglu_width(L, cfg.expansion)
+    mixer = attn if cfg.mixer == "attn" else mlp
+    net = 2 * cfg.num_layers * (mixer + 3 * L * D * swiglu_width(D, cfg.expansion))
+    embed = 2 * S * D * (cfg.input_dim or cfg.vocab_size)
+    ends = embed + 2 * S * D * (cfg.target_dim or cfg.vocab_size) + 4 * D
+    forward = cfg.H_cycles * (cfg.L_cycles + 1) * net + ends
+    # y and z enter the last round as leaves that want a gradient, and the one-hot input wants none
+    return Flops(forward, forward + 2 * (cfg.L_cycles + 1) * net + 2 * ends - embed, embed)
 
 
 def build(cfg, state):
-    """A TRM with the given state dict. Raises CheckpointError that names what does not fit."""
+    """A TRM with the given state dict. Raises UserError that names what does not fit."""
     with torch.device("meta"):
         model = TRM(cfg, None)
-    expected = model.state_dict()
-    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
-    wrong = [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in expected.items()
-             if k in state and state[k].shape != v.shape]
-    if missing or extra or wrong:
-        raise CheckpointError("the weights do not fit: " + "; ".join(
-            [f"missing {k}" for k in sorted(missing)] + [f"unknown {k}" for k in sorted(extra)] + wrong))
-    model.load_state_dict(state, assign=True)
-    if cfg.pos_encodings == "rope":
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as e:
+        report = " ".join(str(e).split()).removeprefix("Error(s) in loading state_dict for TRM: ")
+        raise UserError(f"the weights do not fit: {report[:400]}") from None
+    if cfg.rope:        # not part of a state dict
         model.cos, model.sin = rope_tables(cfg.length, cfg.hidden_size // cfg.num_heads)
-    for p in model.parameters():
-        p.requires_grad_()
-    return model
+    return model.requires_grad_()
+
+
+def compile_model(model, backend="inductor"):
+    """Compile `net` in place: the piece that repeats, one small graph with and one without gradient."""
+    model.net = torch.compile(model.net, fullgraph=True, dynamic=False, backend=backend)

@@ -8,30 +8,21 @@
 #
 # Sets up what is missing, builds the dataset under data/, downloads the weights
 # and evaluates on all GPUs. Figures go to runs/inference-JOB. Flags go to eval.py
-# and win (`python eval.py --help` lists them). Every command is printed after a
-# "+" before it runs, to paste and change.
+# and win (`python eval.py --help` lists them). Commands are printed after a "+".
 set -euo pipefail
 source "$(dirname "$0")/speedrun.sh"  # its stages; it also enters the repository's folder
 
-score() {  # score PRESET [flags]
-  local preset=$1 repo=alphaXiv/trm-model-${1/arc1/arc-agi-1}; shift
-  on_all_gpus eval.py --hf "$repo" --output "runs/inference-$preset" "$@"
-}
-
-main() {
-  local job=${1:-} jobs="arc1 maze sudoku" preset; [ $# = 0 ] || shift
-  case $job in
-    -h | --help) usage; return ;;
-    all) ;;
-    *) [[ -n $job && " $jobs " = *" $job "* ]] || die "unknown job '$job'; one of: $jobs all"; jobs=$job ;;
-  esac
-  stage setup setup
-  count_gpus
-  for preset in $jobs; do
-    stage "dataset of $preset" dataset "$preset"
-    stage "scoring of $preset" score "$preset" "$@"
-  done
-  for preset in $jobs; do echo "results: runs/inference-$preset"; done
-}
-
-main "$@"
+job=${1:-} presets="arc1 maze sudoku"; [ $# = 0 ] || shift
+case $job in
+  -h | --help) usage; exit ;;
+  arc1 | maze | sudoku) presets=$job ;;
+  all) ;;
+  *) die "unknown job '$job'; one of: $presets all" ;;
+esac
+stage setup setup
+count_gpus
+for preset in $presets; do
+  dataset "$preset"
+  stage "scoring of $preset" on_all_gpus eval.py --hf "alphaXiv/trm-model-${preset/arc1/arc-agi-1}" \
+    --output "runs/inference-$preset" "$@"
+done

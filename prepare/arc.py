@@ -1,33 +1,42 @@
 """Build an ARC dataset: colour and dihedral augmentations on a 30 x 30 canvas.
 
-    python prepare/arc.py                                                   # ARC-1, downloads 3 of the 5 subsets
-    python prepare/arc.py --subsets training2 evaluation2 concept --test-set-name evaluation2             # ARC-2
-    python prepare/arc.py --source DIR --num-aug 8                          # your own Kaggle-layout files
+    python prepare/arc.py                         # ARC-1, downloads its files
+    python -m prepare arc2                        # ARC-2
+    python prepare/arc.py --source DIR --num-aug 8   # your own files
 
-Every subset is PREFIX_{subset}_challenges.json, {id: {"train": [{input, output}], "test": [{input}]}}, and
-PREFIX_{subset}_solutions.json, {id: [grid]}, with PREFIX arc-agi. The examples of the test set's "train" key are
-trained on (TRM sees a puzzle only through its row of the puzzle table); its "test" key is what is scored.
-The same seed gives the bytes of the published builder: the order of the random draws is part of the format.
+DIR holds files of one of two layouts. Kaggle's: arc-agi_SUBSET_challenges.json,
+{id: {"train": [{input, output}], "test": [{input}]}}, and
+arc-agi_SUBSET_solutions.json, {id: [grid]}. That of fchollet/ARC-AGI:
+SUBSET/*.json or data/SUBSET/*.json, one task a file, with its outputs.
+
+The examples of the test set's "train" key are trained on (TRM sees a puzzle
+only through its row of the puzzle table); its "test" key is what is scored.
+Where no file says its outputs, it is a hidden test set: the labels of its test
+rows are all ignored. Equal seeds give the bytes of the published builder: the
+order of the random draws is part of the format.
 """
-import argparse
 import hashlib
 import json
-import os
 import re
 import sys
 import urllib.request
+from argparse import Namespace
 from http.client import HTTPException
-from itertools import chain, product
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import DIHEDRAL_INVERSE, UserError, building, cli, dihedral, write_json, write_split  # noqa: E402
+from common import Parser, UserError, cli, progress, read_json, sha256, within, write, write_json
+from data import DIHEDRAL_INVERSE, building, dihedral, write_split
+from prepare import command, recipe_flags
 
-SIDE = 30                                    # of the canvas; a token is 0 (empty), 1 (end line) or colour + 2
+SIDE = 30                       # of the canvas; a token is 0 (empty), 1 (end line) or colour + 2
+CELLS = SIDE * SIDE
+KEYS = "train", "test"          # of a puzzle
 PREFIX = "arc-agi"
 REPOSITORY, FOLDER = "SamsungSAILMontreal/TinyRecursiveModels", "kaggle/combined"
 COMMIT = "e7b68717f0a6c4cbb4ce6fbef787b14f42083bd9"
@@ -46,11 +55,11 @@ SHA256 = {
 
 
 # ---------------------------------------------------------------------------------------------
-# One grid: tokens and back, augmentation and back (eval.py uses these)
+# One grid: tokens and back, augmentation and back (evaluation uses these)
 
 def encode(grid, end_column=True):
-    """Grid (rows, columns) of colours 0..9 -> (900,) uint8 tokens, in the upper left corner of the canvas, with a line
-    of 1 below it and (unless end_column is false) right of it where the canvas has room."""
+    """Grid (rows, columns) of colours 0..9 -> (900,) uint8 tokens, in the upper left corner of the canvas,
+    with a line of 1 below it and (unless end_column is false) right of it where the canvas has room."""
     h, w = grid.shape
     canvas = np.zeros((SIDE, SIDE), np.uint8)
     canvas[h:h + 1, :w] = 1
@@ -61,11 +70,12 @@ def encode(grid, end_column=True):
 
 
 def crop(tokens):
-    """(N, 900) tokens -> rows (N,), columns (N,) of the largest rectangle of colours from the upper left corner; of
-    equal areas the one with the fewest rows; 0, 0 when that corner is no colour."""
+    """(N, 900) tokens -> rows (N,), columns (N,) of the largest rectangle of colours from the upper left
+    corner; of equal areas the one with the fewest rows; 0, 0 when that corner is no colour."""
     foreign = np.ones((len(tokens), SIDE, SIDE + 1), bool)              # the last column ends every run
-    foreign[:, :, :SIDE] = tokens.astype(np.uint8).reshape(-1, SIDE, SIDE) - np.uint8(2) > 9     # 0, 1 become 254, 255
-    width = np.minimum.accumulate(foreign.argmax(2), axis=1)            # (N, 30): columns if cut below each row
+    colours = tokens.astype(np.uint8).reshape(-1, SIDE, SIDE) - np.uint8(2)     # 0 and 1 become 254 and 255
+    foreign[:, :, :SIDE] = colours > 9
+    width = np.minimum.accumulate(foreign.argmax(2), axis=1)            # (N, 30): columns if cut below a row
     best = (width * np.arange(1, SIDE + 1)).argmax(1)
     columns = width[np.arange(len(width)), best]
     return np.where(columns > 0, best + 1, 0), columns
@@ -101,290 +111,361 @@ def make_name(puzzle_id, t, colours):
 def parse_name(name):
     """`id|||tT|||dddddddddd` -> id, T, images of the colours; a bare id is the original."""
     match = NAME.fullmatch(name)
-    return (match[1], int(match[2]), match[3].encode().translate(FROM_DIGIT)) if match else (name, 0, ORIGINAL)
+    if not match:
+        return name, 0, ORIGINAL
+    return match[1], int(match[2]), match[3].encode().translate(FROM_DIGIT)
 
 
 # ---------------------------------------------------------------------------------------------
 # Reading
 
-def download(subsets, folder):
-    """Fetch the files of `subsets` that `folder` lacks, at the pinned commit; all are checked against SHA256."""
-    names = [n for n in SHA256 if n.split("_")[1] in subsets]
-    known = sorted({n.split("_")[1] for n in SHA256})
-    if not set(subsets) <= set(known):
-        raise UserError(f"--subsets {' '.join(subsets)}: there are {' '.join(known)}; your own need --source DIR")
+class Subset(NamedTuple):
+    """What the files say of a subset."""
+    puzzles: dict       # {id: {"train": [{input, output}], "test": [{input, output}]}}, in their order
+    files: dict         # {name: sha256}
+    hidden: bool        # the outputs of "test" are unknown, and absent
+
+
+def this_command(args, **changes):
+    """The whole command of args (see flags) with some of them changed, for messages."""
+    args = Namespace(**{**vars(args), **changes})
+    flags = recipe_flags({"builder": "arc", **vars(args), "output_dir": None})
+    return command(*flags, args.output_dir or default_folder(args))
+
+
+def download(args, folder):
+    """Fetch the files of args.subsets that `folder` lacks, at the pinned commit. All must have their SHA256;
+    raises UserError."""
+    known = sorted({name.split("_")[1] for name in SHA256})
+    own = this_command(args, source="DIR")
+    if not set(args.subsets) <= set(known):
+        raise UserError(f"--subsets {' '.join(args.subsets)}: there are {' '.join(known)}; your own need "
+                        f"--source: {own}")
     folder.mkdir(parents=True, exist_ok=True)
+    names = [name for name in SHA256 if name.split("_")[1] in args.subsets]
     for name in names:
-        url = f"https://raw.githubusercontent.com/{REPOSITORY}/{COMMIT}/{FOLDER}/{name}"
-        path, tmp = folder / name, folder / f".{name}.{os.getpid()}"
+        url, path = f"https://raw.githubusercontent.com/{REPOSITORY}/{COMMIT}/{FOLDER}/{name}", folder / name
         there = path.exists()
         try:
             raw = path.read_bytes() if there else urllib.request.urlopen(url, timeout=60).read()
         except (OSError, HTTPException) as e:
-            raise UserError(f"cannot fetch {url} ({e}); put {' '.join(names)} of that folder into {folder}, "
-                            f"or name another with --source DIR") from e
-        if (digest := hashlib.sha256(raw).hexdigest()) != SHA256[name]:
-            raise UserError(f"{path if there else url}: sha256 {digest} is not {SHA256[name]}; "
-                            + ("delete it, or use it as it is with --source" if there else "fetch it another way"))
+            raise UserError(f"cannot fetch {url} ({e}); put {' '.join(names)} of that folder into {folder} "
+                            f"and start again, or into a folder DIR, then: {own}") from e
+        digest = hashlib.sha256(raw).hexdigest()
+        if digest != SHA256[name]:
+            cure = f"delete it, or use it as it is with --source {folder}" if there else "fetch it elsewhere"
+            raise UserError(f"{path if there else url}: sha256 {digest} is not {SHA256[name]}; {cure}")
         if not there:
-            tmp.write_bytes(raw)
-            os.replace(tmp, path)
+            write(path, raw)
             print(f"fetched {path}")
 
 
 def check_grid(grid, where):
-    """Raise UserError, naming `where`, unless grid is a list of 1..30 equally long lists of 1..30 colours 0..9."""
-    def bad(what, cure):
-        return UserError(f"{where} {what}; {cure}")
-
-    if not isinstance(grid, list) or not all(isinstance(row, list) for row in grid):
-        raise bad(f"is {json.dumps(grid)[:60]}, not a grid", "give a list of rows, each a list of colours 0..9")
-    widths = sorted({len(row) for row in grid})
-    if not grid or 0 in widths:
-        raise bad(f"is {json.dumps(grid)[:60]}, an empty grid", "give at least one row of at least one colour")
-    if len(widths) > 1:
-        raise bad(f"is ragged, with rows of {widths[0]} and {widths[-1]} cells", "make all rows equally long")
-    if max(len(grid), widths[0]) > SIDE:
-        raise bad(f"is {len(grid)} x {widths[0]}, over {SIDE} x {SIDE}", "crop it or remove the puzzle")
-    for colour in chain.from_iterable(grid):
-        if type(colour) is not int or not 0 <= colour <= 9:
-            raise bad(f"has the colour {json.dumps(colour)[:60]}, outside 0..9", "colours are integers 0..9")
+    """Raise UserError, naming `where`, unless grid is a list of 1..30 equally long lists of 1..30 colours."""
+    rows = grid if isinstance(grid, list) and all(isinstance(row, list) for row in grid) else []
+    widths = {len(row) for row in rows}
+    shaped = len(widths) == 1 and 1 <= min(widths) <= SIDE and len(rows) <= SIDE
+    if not shaped or not all(type(c) is int and 0 <= c <= 9 for c in chain.from_iterable(rows)):
+        raise UserError(f"{where} is {json.dumps(grid)[:60]}, not a grid; give 1..{SIDE} equally long rows "
+                        f"of 1..{SIDE} colours, which are integers 0..9, or remove the puzzle")
 
 
-def read_json(path):
-    """-> the {puzzle id: ...} of a file, its sha256."""
-    raw = path.read_bytes()
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({e}); fetch it again") from e
+def check_examples(puzzle, where):
+    """Raise UserError, naming `where`, unless there are lists of {...} under "train" and "test"."""
+    for key in KEYS:
+        examples = puzzle.get(key) if isinstance(puzzle, dict) else None
+        if not isinstance(examples, list) or not examples or not all(isinstance(e, dict) for e in examples):
+            raise UserError(f"{where} has {json.dumps(examples)[:60]} as {key} examples; give a list of at "
+                            f"least one {{input, output}}")
+
+
+def check_grids(puzzle, where, hidden):
+    """Raise UserError, naming `where`, unless all are grids. hidden: those of "test" have no outputs."""
+    for key in KEYS:
+        for i, example in enumerate(puzzle[key]):
+            check_grid(example.get("input"), f"{where}: input of {key} example {i}")
+            if hidden and key == "test":
+                example.pop("output", None)     # a null in some files
+            else:
+                check_grid(example.get("output"), f"{where}: output of {key} example {i}")
+
+
+def read_puzzles(path):
+    """The {puzzle id: ...} of a file in Kaggle's layout. Raises UserError."""
+    value = read_json(path, "fetch it again")
     if not isinstance(value, dict) or not value:
-        raise UserError(f"{path}: holds {json.dumps(value)[:60]}, not {{puzzle id: ...}}; give a Kaggle-layout file")
-    return value, hashlib.sha256(raw).hexdigest()
-
-
-def load_subset(source, subset):
-    """-> {id: puzzle} in file order, every test example with its output, and {file name: sha256}."""
-    paths = [source / f"{PREFIX}_{subset}_{kind}.json" for kind in ("challenges", "solutions")]
-    for path in paths:
-        if not path.exists():
-            there = sorted(p.name[len(PREFIX) + 1:-16] for p in source.glob(f"{PREFIX}_*_challenges.json"))
-            raise UserError(f"{path} not found; add it, or choose --subsets from {' '.join(there) or 'none'} there")
-    (puzzles, digest), (solutions, solutions_digest) = map(read_json, paths)
-    for name, puzzle in puzzles.items():
-        for key in ("train", "test"):
-            examples = puzzle.get(key) if isinstance(puzzle, dict) else None
-            if not isinstance(examples, list) or not examples or not all(isinstance(e, dict) for e in examples):
-                raise UserError(f"{paths[0]}: puzzle {name} has {json.dumps(examples)[:60]} as {key} examples; "
-                                f"give a list of at least one {{input, output}}")
-        answers = solutions.get(name)
-        if not isinstance(answers, list) or len(answers) != len(puzzle["test"]):
-            n = len(answers) if isinstance(answers, list) else "no"
-            raise UserError(f"{paths[1]}: puzzle {name} has {n} solutions for {len(puzzle['test'])} test inputs; "
-                            f"add them or remove the puzzle")
-        for example, answer in zip(puzzle["test"], answers):
-            example["output"] = answer
-        for key, part in product(("train", "test"), ("input", "output")):
-            path = paths[(key, part) == ("test", "output")]
-            for i, example in enumerate(puzzle[key]):
-                check_grid(example.get(part), f"{path}: puzzle {name}: {part} of {key} example {i}")
-    return puzzles, {paths[0].name: digest, paths[1].name: solutions_digest}
-
-
-# ---------------------------------------------------------------------------------------------
-# Random draws: numpy's legacy RandomState, draw for draw, from its raw words. A scalar randint takes numpy 3 us and a
-# permutation 10, and there are eleven million; this takes 0.2 and 2.
-
-def words(seed):
-    """The 32-bit words of RandomState(seed), one after the other."""
-    rng = np.random.RandomState(seed)
-    while True:
-        yield from rng.randint(0, 2**32, 1 << 16, dtype=np.uint32).tolist()
-
-
-def below(n, word):
-    """RandomState.randint(0, n): the lowest bits of the next word that is small enough; nothing is drawn for n = 1."""
-    if n == 1:
-        return 0
-    mask = (1 << (n - 1).bit_length()) - 1
-    while (value := word() & mask) >= n:
-        pass
+        raise UserError(f"{path}: holds {json.dumps(value)[:60]}, not {{puzzle id: ...}}; give a file in "
+                        f"Kaggle's layout")
     return value
 
 
-def shuffle(items, word):
-    """RandomState.shuffle, in place."""
-    for i in range(len(items) - 1, 0, -1):
-        mask = (1 << i.bit_length()) - 1        # below(i + 1) written out: two thirds of the time
-        while (j := word() & mask) > i:
-            pass
-        items[i], items[j] = items[j], items[i]
+def add_solutions(puzzles, path):
+    """Put the outputs of a solutions file into the test examples. Raises UserError."""
+    solutions = read_puzzles(path)
+    for name, puzzle in puzzles.items():
+        where, answers = f"{path}: puzzle {name}", solutions.get(name)
+        if not isinstance(answers, list) or len(answers) != len(puzzle["test"]):
+            n = len(answers) if isinstance(answers, list) else "no"
+            raise UserError(f"{where} has {n} solutions for {len(puzzle['test'])} test inputs; add them or "
+                            f"remove the puzzle")
+        for i, example in enumerate(puzzle["test"]):
+            check_grid(answers[i], f"{where}: output of test example {i}")
+            example["output"] = answers[i]
 
 
-def augmentations(examples, num_aug, word):
-    """Draw up to num_aug augmentations that differ from the original and from one another as multisets of pairs.
+def subsets_in(source):
+    """The names of the subsets that a folder holds, in either layout."""
+    start, end = f"{PREFIX}_", "_challenges.json"
+    kaggle = {path.name[len(start):-len(end)] for path in source.glob(f"{start}*{end}")}
+    return sorted(kaggle | {path.parent.name for folder in (source, source / "data")
+                            for path in folder.glob("*/*.json")})
 
-    examples: list of (input, output) arrays. Returns [(t, images of the colours 0..9 as bytes)], the original first.
+
+def not_found(args, source, path):
+    """The error for a subset that the folder `source` lacks, with the whole command for what it holds."""
+    there = subsets_in(source)
+    if not there:
+        return UserError(f"{path} not found; {source} holds nothing in the layouts of --help; name another "
+                         f"folder with --source")
+    subsets = [subset for subset in args.subsets if subset in there] or there
+    scored = args.test_set_name if args.test_set_name in subsets else subsets[-1]
+    return UserError(f"{path} not found; add it, or choose --subsets from {' '.join(there)} there: "
+                     f"{this_command(args, subsets=subsets, test_set_name=scored)}")
+
+
+def load_subset(args, source, subset):
+    """The Subset of that name in the folder `source`, in either layout. Raises UserError."""
+    path, solutions = (source / f"{PREFIX}_{subset}_{kind}.json" for kind in ("challenges", "solutions"))
+    files = [path] if path.exists() else sorted((source / subset).glob("*.json"))
+    files = files or sorted((source / "data" / subset).glob("*.json"))
+    if not files:
+        raise not_found(args, source, path)
+    if path.exists():
+        puzzles, lacks = read_puzzles(path), f"{solutions} not found"
+        where = {name: f"{path}: puzzle {name}" for name in puzzles}
+    else:
+        puzzles, lacks = {}, f"{files[0].parent} has no outputs of test examples"
+        for file in files:
+            puzzles[file.stem] = read_json(file, "fetch it again")
+        where = {file.stem: f"{file}: puzzle {file.stem}" for file in files}
+    for name, puzzle in puzzles.items():
+        check_examples(puzzle, where[name])
+    if path.exists() and solutions.exists():
+        add_solutions(puzzles, solutions)
+        files.append(solutions)
+    hidden = all(e.get("output") is None for puzzle in puzzles.values() for e in puzzle["test"])
+    if hidden and subset != args.test_set_name:
+        there = " ".join(subsets_in(source))
+        raise UserError(f"{lacks}; add it, leave {subset} out ({there} there), or make it the hidden test "
+                        f"set: {this_command(args, test_set_name=subset)}")
+    for name, puzzle in puzzles.items():
+        check_grids(puzzle, where[name], hidden)
+    return Subset(puzzles, {str(file.relative_to(source)): sha256(file) for file in files}, hidden)
+
+
+# ---------------------------------------------------------------------------------------------
+# Augmenting
+
+class Group(NamedTuple):
+    """A puzzle in all its augmentations, with the examples that one split has of it."""
+    puzzle_id: str
+    augs: list          # [(t, images of the colours)], the original first
+    examples: list      # [(input, output)], arrays (rows, columns) of colours; an unknown output has no cells
+
+    def names(self):
+        return [self.puzzle_id] + [make_name(self.puzzle_id, t, colours) for t, colours in self.augs[1:]]
+
+
+def augmentations(examples, num_aug, rng):
+    """Draw up to num_aug augmentations that differ from the original and from one another as multisets.
+
+    examples: list of (input, output) arrays; rng: numpy RandomState. Returns [(t, images of the colours 0..9
+    as bytes)], the original first.
     """
-    def blob(grid):                             # the table leaves rows + 10 and columns + 10 as they are
+    def blob(grid):     # its shape, past the ten colours, so that translate() leaves it alone, and its cells
         return bytes([grid.shape[0] + 10, grid.shape[1] + 10]) + grid.tobytes()
 
-    blobs = [[blob(dihedral(a, t)) + blob(dihedral(b, t)) for a, b in examples] for t in range(8)]
-    images = itemgetter(0, *{c for c in b"".join(blobs[0]) if 0 < c < 10})              # of the colours that occur
-    kept, tried, seen = [(0, ORIGINAL)], {(0, images(ORIGINAL))}, {tuple(sorted(blobs[0]))}
+    turned = [[blob(dihedral(a, t)) + blob(dihedral(b, t)) for a, b in examples] for t in range(8)]
+    occurring = {byte for byte in b"".join(turned[0]) if 0 < byte < 10}
+    images = itemgetter(0, *occurring)          # what an augmentation does to the colours that occur
+    kept, tried, seen = [(0, ORIGINAL)], {(0, images(ORIGINAL))}, {tuple(sorted(turned[0]))}
     for _ in range(5 * num_aug):
         if len(kept) > num_aug:
             break
-        t, colours = below(8, word), list(range(1, 10))
-        shuffle(colours, word)
+        t, colours = rng.randint(8), list(range(1, 10))
+        rng.shuffle(colours)
         colours = bytes([0, *colours])
-        if (key := (t, images(colours))) in tried:                      # half of all: equal without a look at the grids
+        if (t, images(colours)) in tried:       # half of all: equal without a look at the grids
             continue
-        tried.add(key)
+        tried.add((t, images(colours)))
         table = bytes.maketrans(ORIGINAL, colours)
-        puzzle = tuple(sorted([b.translate(table) for b in blobs[t]]))
+        puzzle = tuple(sorted(pair.translate(table) for pair in turned[t]))
         if puzzle not in seen:
             seen.add(puzzle)
             kept.append((t, colours))
     return kept
 
 
-# ---------------------------------------------------------------------------------------------
-# Writing
+class Sheet:
+    """A grid encoded once, to be moved about the canvas often."""
 
-def canvases(grid):
-    """-> 900 zeros and the canvas as bytes, with and without end column, and the column pad that leaves no room for it.
+    def __init__(self, grid):
+        self.height, self.width = grid.shape
+        # a slice of 900 that begins s cells before the end of the zeros is the canvas moved on by s cells
+        self.ended = bytes(CELLS) + encode(grid).tobytes()
+        self.open = bytes(CELLS) + encode(grid, end_column=False).tobytes()
 
-    The slice [900 - s:1800 - s] is the canvas moved by s cells: 30 times the row pad plus the column pad.
+    def moved(self, down, right):
+        """The canvas (900 bytes) with the grid in row `down`, column `right`."""
+        start = CELLS - SIDE * down - right
+        # at the right edge there is no room for the end column: it would stand in the next row
+        return (self.open if right + self.width == SIDE else self.ended)[start:start + CELLS]
+
+
+def render(examples, augs, pads, rng):
+    """Input rows and label rows of one group, two lists of bytes, one for each puzzle (augmentation).
+
+    With pads all examples of a puzzle but one are moved at random, input and output alike. rng: numpy
+    RandomState.
     """
-    return *(bytes(SIDE**2) + encode(grid, end_column).tobytes() for end_column in (True, False)), SIDE - grid.shape[1]
-
-
-def render(examples, augs, pads, word):
-    """-> input rows, label rows of one group, as bytes per puzzle: the examples in every augmentation, if pads all but
-    one of each puzzle moved at random."""
-    prepared = []                               # per transform, per example: number of row and column pads, canvases
-    for t in range(8):
-        pairs = [(dihedral(a, t), dihedral(b, t)) for a, b in examples]
-        prepared.append([(*(SIDE + 1 - np.maximum(a.shape, b.shape)).tolist(), *canvases(a), *canvases(b))
-                         for a, b in pairs])
+    sheets = [[(Sheet(dihedral(a, t)), Sheet(dihedral(b, t))) for a, b in examples] for t in range(8)]
     inputs, labels = [], []
     for t, colours in augs:
-        fixed = below(len(examples), word)
+        fixed = rng.randint(len(examples))
         rows_in, rows_out = [], []
-        for i, (n_down, n_right, a, a_no_end, a_full, b, b_no_end, b_full) in enumerate(prepared[t]):
-            right, end = 0, 2 * SIDE**2
+        for i, (a, b) in enumerate(sheets[t]):
+            down = right = 0
             if pads and i != fixed:
-                end -= SIDE * below(n_down, word)
-                right = below(n_right, word)
-                end -= right
-            rows_in.append((a_no_end if right == a_full else a)[end - SIDE**2:end])
-            rows_out.append((b_no_end if right == b_full else b)[end - SIDE**2:end])
+                down = rng.randint(SIDE + 1 - max(a.height, b.height))
+                right = rng.randint(SIDE + 1 - max(a.width, b.width))
+            rows_in.append(a.moved(down, right))
+            rows_out.append(b.moved(down, right))
         table = bytes.maketrans(TOKENS, colours.translate(TO_TOKEN))
         inputs.append(b"".join(rows_in).translate(table))
         labels.append(b"".join(rows_out).translate(table))
     return inputs, labels
 
 
-def names(group):
-    puzzle_id, augs, _ = group
-    return [puzzle_id] + [make_name(puzzle_id, t, colours) for t, colours in augs[1:]]
+# ---------------------------------------------------------------------------------------------
+# Writing
 
-
-def write_arc_split(folder, groups, ids, num_identifiers, pads, word):
-    """groups: [(puzzle id, augmentations, examples of this split)]; ids: {name: row of the puzzle table}."""
+def write_arc_split(folder, groups, ids, pads, rng):
+    """ids: {name: row of the puzzle table}."""
     folder.mkdir()
-    counts = [(len(augs), len(examples)) for _, augs, examples in groups]
-    n = sum(a * e for a, e in counts)
+    puzzles = [len(group.augs) for group in groups]
+    examples = np.repeat([len(group.examples) for group in groups], puzzles)        # of every puzzle
+    n = int(examples.sum())
     files = [open(folder / f"all__{part}.npy", "wb", 1 << 20) for part in ("inputs", "labels")]
     with files[0], files[1]:
-        for f in files:                         # plain writes: mapped pages would count as memory of this process
-            np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, SIDE**2)})
-        for _, augs, examples in tqdm(groups, desc=f"write {folder.name}", unit="puzzle"):
-            for f, rows in zip(files, render(examples, augs, pads, word)):
+        for f in files:         # plain writes: mapped pages would count as memory of this process
+            header = {"descr": "|u1", "fortran_order": False, "shape": (n, CELLS)}
+            np.lib.format.write_array_header_1_0(f, header)
+        for group in progress(groups, desc=f"write {folder.name}", unit="puzzle"):
+            for f, rows in zip(files, render(group.examples, group.augs, pads, rng)):
                 f.writelines(rows)
-    sizes = np.repeat([e for _, e in counts], [a for a, _ in counts])
     write_split(folder, {
         "inputs": None, "labels": None,
-        "puzzle_identifiers": np.array([ids[name] for group in groups for name in names(group)], np.int32),
-        "puzzle_indices": np.concatenate([[0], sizes.cumsum()]).astype(np.int32),
-        "group_indices": np.concatenate([[0], np.cumsum([a for a, _ in counts])]).astype(np.int32),
-    }, vocab_size=12, num_identifiers=num_identifiers)
-    print(f"{folder.name}: {len(groups):,} groups, {len(sizes):,} puzzles, {n:,} examples")
+        "puzzle_identifiers": np.array([ids[name] for group in groups for name in group.names()], np.int32),
+        "puzzle_indices": np.concatenate([[0], examples.cumsum()]).astype(np.int32),
+        "group_indices": np.concatenate([[0], np.cumsum(puzzles)]).astype(np.int32),
+    }, vocab_size=12, num_identifiers=len(ids) + 1)
+    print(f"{folder.name}: {len(groups):,} groups, {len(examples):,} puzzles, {n:,} examples")
 
 
 def warn_of_leaks(train, test):
-    """Say how many test pairs, unaugmented, are also trained on. Both: [(puzzle id, augmentations, examples)]."""
-    def pairs(groups):
-        return [(name, [(a.shape, a.tobytes()) for a in pair]) for name, _, examples in groups for pair in examples]
+    """Say how many test pairs, unaugmented, are also trained on. Both: lists of Groups."""
+    def content(pair):
+        return [(grid.shape, grid.tobytes()) for grid in pair]
 
-    trained, scored = {str(pair) for _, pair in pairs(train)}, pairs(test)
-    leaked = [name for name, pair in scored if str(pair) in trained]
+    trained = {str(content(pair)) for group in train for pair in group.examples}
+    scored = [(group.puzzle_id, str(content(pair))) for group in test for pair in group.examples]
+    leaked = [name for name, pair in scored if pair in trained]
     if leaked:
-        print(f"warning: {len(leaked)} of {len(scored)} test pairs (of {' '.join(sorted(set(leaked))[:8])} ...) "
-              f"also stand in the training split: their score is memory", file=sys.stderr)
+        some = " ".join(sorted(set(leaked))[:8])
+        print(f"warning: {len(leaked)} of {len(scored)} test pairs (of {some} ...) also stand in the training"
+              f" split: their score is memory", file=sys.stderr)
 
 
-def build(source, output_dir, subsets, test_set_name, num_aug, seed):
-    """Write a dataset in the published layout from Kaggle-layout files into output_dir. Raises UserError."""
-    word = words(seed).__next__
-    loaded = [load_subset(source, subset) for subset in subsets]        # all before drawing: bad input shows at once
-    train, test, test_puzzles = [], [], {}
-    for subset, (puzzles, _) in zip(subsets, loaded):
-        puzzles = list(puzzles.items())
-        shuffle(puzzles, word)
-        for name, puzzle in tqdm(puzzles, desc=f"augment {subset}", unit="puzzle"):
-            examples = {key: [tuple(np.array(e[part], np.uint8) for part in ("input", "output")) for e in puzzle[key]]
-                        for key in puzzle if key in ("train", "test")}                  # the puzzle's own key order
-            augs = augmentations(examples["train"] + examples["test"], num_aug, word)
-            if subset == test_set_name:
-                train.append((name, augs, examples["train"]))
-                test.append((name, augs, examples["test"]))
-                test_puzzles[name] = puzzle
+def array_of(grid):
+    return np.zeros((0, 0), np.uint8) if grid is None else np.array(grid, np.uint8)
+
+
+def augmented(args, subsets, rng):
+    """The Groups of train and those of test. subsets: {name: Subset}, in the order of the draws."""
+    train, test = [], []
+    for subset, content in subsets.items():
+        puzzles = list(content.puzzles.items())
+        rng.shuffle(puzzles)
+        for name, puzzle in progress(puzzles, desc=f"augment {subset}", unit="puzzle"):
+            pairs = {key: [(array_of(e["input"]), array_of(e.get("output"))) for e in puzzle[key]]
+                     for key in puzzle if key in KEYS}          # in the puzzle's own key order
+            augs = augmentations(pairs["train"] + pairs["test"], args.num_aug, rng)
+            if subset == args.test_set_name:
+                train.append(Group(name, augs, pairs["train"]))
+                test.append(Group(name, augs, pairs["test"]))
             else:
-                train.append((name, augs, list(chain.from_iterable(examples.values()))))
+                train.append(Group(name, augs, list(chain.from_iterable(pairs.values()))))
+    return train, test
+
+
+def default_folder(args):
+    arc = "arc2" if args.test_set_name == "evaluation2" else "arc1"
+    return f"data/{arc}concept-aug-{args.num_aug}"
+
+
+def build(args, source):
+    """Write the dataset that args (see flags) describe, from the folder `source`. Raises UserError."""
+    rng = np.random.RandomState(args.seed)
+    subsets = {name: load_subset(args, source, name) for name in args.subsets}  # all before the first draw
+    scored = subsets[args.test_set_name]
+    train, test = augmented(args, subsets, rng)
     warn_of_leaks(train, test)
     ids = {}
     for group in train + test:
-        for name in names(group):
+        for name in group.names():
             ids.setdefault(name, len(ids) + 1)
-    with building(output_dir) as tmp:
-        write_arc_split(tmp / "train", train, ids, len(ids) + 1, True, word)
-        write_arc_split(tmp / "test", test, ids, len(ids) + 1, False, word)
+    digests = chain.from_iterable(subset.files.items() for subset in subsets.values())
+    recipe = {"builder": "arc", **vars(args), "hidden_test_set": scored.hidden,
+              "source_sha256": dict(digests)}
+    del recipe["output_dir"]        # where it lies is not what it is
+    with building(args.output_dir or default_folder(args)) as tmp:
+        write_arc_split(tmp / "train", train, ids, True, rng)
+        write_arc_split(tmp / "test", test, ids, False, rng)
         write_json(tmp / "identifiers.json", ["<blank>", *ids])
-        write_json(tmp / "test_puzzles.json", test_puzzles)
-        write_json(tmp / "recipe.json", {
-            "builder": "arc", "subsets": subsets, "test_set_name": test_set_name, "num_aug": num_aug, "seed": seed,
-            "source_sha256": {name: digest for _, digests in loaded for name, digest in digests.items()}})
+        write_json(tmp / "test_puzzles.json", {g.puzzle_id: scored.puzzles[g.puzzle_id] for g in test})
+        write_json(tmp / "recipe.json", recipe)
     print(f"{len(ids) + 1:,} rows in the puzzle table (num_puzzle_identifiers)")
+    if scored.hidden:
+        print(f"{args.test_set_name} is a hidden test set, without outputs: it is answered, but not scored")
 
+
+# ---------------------------------------------------------------------------------------------
+# The command
 
 def flags():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--source", default="download", help="folder of Kaggle-layout files, or %(default)s")
-    parser.add_argument("--subsets", nargs="+", default=["training", "evaluation", "concept"], metavar="SUBSET",
-                        help="in this order (training evaluation concept)")
-    parser.add_argument("--test-set-name", default="evaluation", help="the subset that is scored (%(default)s)")
-    parser.add_argument("--num-aug", type=int, default=1000, help="augmentations per puzzle, at most (%(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="%(default)s gives the published datasets")
-    parser.add_argument("--output-dir", help="data/arc1concept-aug-N, arc2... if the test set is evaluation2")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--source", default="download", help="folder of your own files, or download")
+    add("--subsets", nargs="+", default=["training", "evaluation", "concept"], metavar="SUBSET",
+        help="in this order")
+    add("--test-set-name", default="evaluation", metavar="SUBSET", help="the one that is scored")
+    add("--num-aug", type=within(int, 0), default=1000, metavar="N", help="augmentations per puzzle, at most")
+    add("--seed", type=within(int, 0, 2 ** 32 - 1), default=42, metavar="N",
+        help="of every draw; 42 gives the published datasets")
+    add("--output-dir", metavar="DIR",
+        help="without, data/arc1concept-aug-N, or arc2... if evaluation2 is the test set")
     return parser
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
     if args.test_set_name not in args.subsets or len(set(args.subsets)) < len(args.subsets):
-        raise UserError(f"--subsets {' '.join(args.subsets)}: must name each subset once, "
-                        f"--test-set-name {args.test_set_name} among them")
-    if args.num_aug < 0 or not 0 <= args.seed < 2**32:
-        raise UserError(f"--num-aug {args.num_aug} --seed {args.seed}: both are 0 or more, the seed below 2**32")
-    source = Path(args.source)
+        raise UserError(f"--subsets {' '.join(args.subsets)}: must name each subset once, --test-set-name "
+                        f"{args.test_set_name} among them")
+    source = Path("data/arc-source" if args.source == "download" else args.source)
     if args.source == "download":
-        source = Path("data/arc-source")
-        download(args.subsets, source)
-    arc = "arc2" if args.test_set_name == "evaluation2" else "arc1"
-    output_dir = args.output_dir or f"data/{arc}concept-aug-{args.num_aug}"
-    build(source, output_dir, args.subsets, args.test_set_name, args.num_aug, args.seed)
+        download(args, source)
+    build(args, source)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
     python prepare/maze.py                              # Maze-Hard, the paper's
     python prepare/maze.py --source generate --size 12  # no network
 
-A CSV holds source,question,answer,rating; a board is size * size of '# SGo':
-wall, free, start, goal, path (answers only), tokens 1 to 5 (0 is padding).
-Equal seeds give the bytes of the published builder.
+A CSV names its columns in the first line: question, answer. A board is
+size * size of '# SGo': wall, free, start, goal, path (answers only), tokens 1
+to 5 (0 is padding). Equal seeds give the bytes of the published builder.
 """
-import argparse
 import sys
 import zlib
 from itertools import count
@@ -17,16 +16,18 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import UserError, cli, dihedral, write_dataset
-from prepare.sudoku import add_flags, generate, parse, read_csv, read_splits, recipe, subsample
+from common import Parser, UserError, cli, within
+from data import dihedral, write_dataset
+from prepare import boards
 
 REPO = "sapientinc/maze-30x30-hard-1k"
 WALL, FREE, START, GOAL, PATH = range(1, 6)
 STEPS = (-1, 0), (0, 1), (1, 0), (0, -1)
+SIZES = range(5, 101)
 
 
 def distance(open_cells, start, goal):
-    """Steps from start to goal through open cells, -1 where there is no way: (N, H, W) bool each -> (N,) int."""
+    """Steps from start to goal through open cells, -1 where there is no way: (N, H, W) bool -> (N,) int."""
     reached, found = start & open_cells, np.full(len(start), -1)
     for steps in count():
         found[(found < 0) & (reached & goal).any((1, 2))] = steps
@@ -42,8 +43,8 @@ def distance(open_cells, start, goal):
 
 
 def check(question, answer, width, shortest=True):
-    """Is `answer` the question with a path from S to G on free cells, and a shortest one (False: any that is unbroken)?
-    (..., H * width) tokens each -> (...) bool."""
+    """Is `answer` the question with a path from S to G on free cells, and a shortest one (False: any that is
+    unbroken)? (..., H * width) tokens each -> (...) bool."""
     q, a = (np.asarray(x).reshape(-1, x.shape[-1] // width, width) for x in (question, answer))
     start, goal, path = q == START, q == GOAL, a == PATH
     kept = np.where(path, FREE, a) == np.where(q == PATH, 0, q)  # a question has no path yet
@@ -55,9 +56,17 @@ def check(question, answer, width, shortest=True):
     return right.reshape(question.shape[:-1])
 
 
+def kinship(question):
+    """An integer that is equal for turned and mirrored copies of a maze (H, W)."""
+    return sum(zlib.crc32(dihedral(question, t).tobytes()) for t in range(8))
+
+
+# ---------------------------------------------------------------------------------------------
+# Generating
+
 def carve(rng, size):
-    """(size, size) bool, True for walls: rooms at odd coordinates, joined by a depth-first walk, then one inner wall in
-    fifty opened, which makes loops."""
+    """(size, size) bool, True for walls: rooms at odd coordinates, joined by a depth-first walk, then one
+    inner wall in fifty opened, which makes loops."""
     wall = np.ones((size, size), bool)
     wall[1, 1], walk = False, [(1, 1)]
     while walk:
@@ -91,10 +100,8 @@ def explore(wall, start):
 
 
 def make_maze(rng, size, min_path):
-    """A random maze with a single shortest path from S to G, of min_path steps or more: question, answer, kinship.
-
-    Kinship is an integer that is equal for turned and mirrored copies of a maze.
-    """
+    """A random maze with one shortest path from S to G, of min_path steps or more: question, answer and
+    kinship. Raises UserError."""
     for _ in range(200):
         wall = carve(rng, size)
         free = np.argwhere(~wall).tolist()
@@ -104,8 +111,8 @@ def make_maze(rng, size, min_path):
         if goals:
             break
     else:
-        raise UserError(f"--min-path {min_path} was not reached in 200 mazes of --size {size}; the last one's longest "
-                        f"has {max(steps.values())} steps; ask for less")
+        raise UserError(f"--min-path {min_path} was not reached in 200 mazes of --size {size}; the longest "
+                        f"of the last one has {max(steps.values())} steps; ask for less")
     goal = cell = goals[rng.randint(len(goals))]
     question = np.where(wall, WALL, FREE).astype(np.uint8)
     question[start], question[goal] = START, GOAL
@@ -113,41 +120,49 @@ def make_maze(rng, size, min_path):
     for _ in range(steps[goal] - 1):
         cell = next(near for near in neighbours(cell) if steps.get(near) == steps[cell] - 1)
         answer[cell] = PATH
-    return question.ravel(), answer.ravel(), sum(zlib.crc32(dihedral(question, t).tobytes()) for t in range(8))
+    return question.ravel(), answer.ravel(), kinship(question)
 
+
+# ---------------------------------------------------------------------------------------------
+# The command
 
 def flags():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, REPO)
-    parser.add_argument("--size", type=int, default=30, metavar="N", help="of generated mazes (default %(default)s)")
-    parser.add_argument("--min-path", type=int, metavar="N",
-                        help="least steps of generated paths (default size * size / 8, at most 4 * size)")
-    parser.add_argument("--aug", action="store_true", help="training mazes in all eight turned and mirrored forms")
-    parser.add_argument("--output-dir", metavar="DIR", help="default data/maze-30x30-hard-1k or the like")
+    parser = Parser(__doc__)
+    boards.add_flags(parser, REPO)
+    add = parser.add_argument
+    add("--size", type=within(int, SIZES[0], SIZES[-1]), default=30, metavar="N", help="of generated mazes")
+    add("--min-path", type=within(int, 1, 10 ** 4), metavar="N",
+        help="least steps of generated paths; without, size * size / 8, at most 4 * size")
+    add("--aug", action="store_true", help="training mazes in all eight turned and mirrored forms")
+    add("--output-dir", metavar="DIR", help="without, data/maze-30x30-hard-1k or the like")
     return parser
 
 
 def build(argv=None):
-    """Build what the command line (a list of strings) describes; returns the dataset's folder."""
-    args = parse(flags(), argv, size=range(5, 101), min_path=range(1, 10 ** 4))
+    """Build what the command line (a list of strings) describes; returns the folder. Raises UserError."""
+    args = flags().parse_args(argv)
     rng = np.random.RandomState(args.seed)
+    name = {"hf": "30x30-hard-1k", "generate": f"{args.size}x{args.size}"}.get(args.source)
+    name = name or Path(args.source).absolute().stem
+    folder = Path(args.output_dir or f"data/maze-{name}")
     if args.source == "generate":
         min_path = min(args.size ** 2 // 8, 4 * args.size) if args.min_path is None else args.min_path
-        splits, files = generate(lambda: make_maze(rng, args.size, min_path), args.num_train, args.num_test), {}
+        splits = boards.generate(lambda: make_maze(rng, args.size, min_path), args.num_train, args.num_test)
+        files = {}
     else:
-        def read(path):
-            return read_csv(path, dict(zip("# SGo", range(1, 6))), [k * k for k in range(5, 101)],
-                            lambda q, a: check(q, a, isqrt(q.shape[1]), shortest=False))
-        splits, files = read_splits(args.source, REPO, rng, args.num_test, read)
-    train, size = subsample(rng, splits["train"], args.subsample_size), isqrt(splits["test"].shape[2])
+        language = boards.Language(dict(zip("# SGo", range(1, 6))), [size * size for size in SIZES],
+                                   lambda q, a: check(q, a, isqrt(q.shape[1]), shortest=False))
+        cure = boards.from_folder("maze", args, folder)
+        splits, files = boards.read_splits(args, REPO, rng, language, cure)
+    train, test = boards.subsample(rng, splits["train"], args.subsample_size), splits["test"]
+    size = isqrt(test.shape[2])
+    if args.source != "generate":
+        boards.warn_of_leaks(train, test, lambda q, a: [kinship(maze.reshape(size, size)) for maze in q])
     if args.aug:
         grids = train.reshape(2, -1, size, size)
         train = np.stack([dihedral(grids, t) for t in range(8)], axis=2).reshape(2, -1, size * size)
-    name = {"hf": "30x30-hard-1k", "generate": f"{size}x{size}"}.get(args.source, Path(args.source).stem)
-    folder = Path(args.output_dir or f"data/maze-{name}")
-    write_dataset(folder, {"train": train, "test": splits["test"]}, 6,
-                  recipe("maze", args, source=name, size=size, files=files), group_size=8 if args.aug else 1)
+    recipe = boards.recipe("maze", args, name=name, files=files)
+    write_dataset(folder, {"train": train, "test": test}, 6, recipe, group_size=8 if args.aug else 1)
     return folder
 
 

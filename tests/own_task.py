@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import cli, dihedral, write_dataset  # noqa: E402
+from common import cli  # noqa: E402
+from data import dihedral, write_dataset  # noqa: E402
 
 SIZE, (PAD, WALL, DRY, WET) = 4, range(4)    # vocabulary 4; 0 is padding, and a label of 0 is not asked
 

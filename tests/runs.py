@@ -1,26 +1,152 @@
-"""What the tests of training share: a small dataset, runs in this process, in forked ones and under torchrun.
+"""What the tests share: small datasets and models; runs in this process, in forked ones and under torchrun.
 
 A forked run begins with torch imported, and a hook can end it at any event, so that a test of 20 crashes takes seconds.
 """
+import json
 import multiprocessing
 import os
 import random
 import socket
+import struct
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import common
 import data
+import rundir
 import train
+from model import TRM, Config
+from prepare import arc, sudoku
 
 ROOT = Path(train.__file__).parent
 FLAGS = ("--preset sudoku --hidden-size 32 --puzzle-emb-ndim 32 --H-cycles 2 --L-cycles 1 --num-layers 1 "
          "--halt-max-steps 4 --halt-exploration-prob 0.5 --global-batch-size 8 --epochs 4 --eval-interval 2 --lr 3e-3 "
          "--lr-warmup-steps 5 --puzzle-emb-lr 1e-2 --log-interval 4 --dtype float32 --no-compile --device cpu").split()
-TIMINGS = {"train_s", "logged_s", "dt_ms", "settings", "line"}
+TIMINGS = {"train_s", "dt_ms", "settings", "line"}
+ALONE = common.World(0, 1, torch.device("cpu"))
+TINY = Config(vocab_size=6, seq_len=16, hidden_size=32, num_heads=2, num_layers=1, mixer="mlp", pos_encodings="none",
+              puzzle_emb_len=1, puzzle_emb_ndim=32, H_cycles=1, L_cycles=1, halt_max_steps=4, dtype="float32")
+ARC_CFG = replace(TINY, vocab_size=12, seq_len=900, mixer="attn", pos_encodings="rope", halt_max_steps=2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Small datasets and models
+
+def boards(n, seed=0):
+    """(2, n, 16): 4x4 Sudokus and their answers."""
+    rng = np.random.RandomState(seed)
+    return np.array([sudoku.make_puzzle(rng, 4)[:2] for _ in range(n)]).swapaxes(0, 1)
+
+
+def sudoku_dir(folder):
+    """A dataset of 4x4 Sudokus as prepare/sudoku.py would write it."""
+    recipe = {"builder": "sudoku", "size": 4, "source": "generate"}
+    data.write_dataset(folder, {"train": boards(8), "test": boards(22, seed=1)}, 6, recipe)
+    return folder
+
+
+def arc_dir(folder):
+    """Three small tasks, one of them with two test inputs, two augmentations each; built from files in `folder`."""
+    rng = np.random.RandomState(0)
+
+    def pair():
+        grid = rng.randint(0, 10, (rng.randint(2, 5), rng.randint(2, 5)))
+        return {"input": grid.tolist(), "output": grid[::-1].tolist()}
+    tasks = {f"task{i}": {"train": [pair(), pair()], "test": [pair() for _ in range(1 + (i == 1))]} for i in range(3)}
+    solutions = {name: [e.pop("output") for e in task["test"]] for name, task in tasks.items()}
+    (folder / "arc-agi_evaluation_challenges.json").write_text(json.dumps(tasks))
+    (folder / "arc-agi_evaluation_solutions.json").write_text(json.dumps(solutions))
+    arc.main(["--source", str(folder), "--subsets", "evaluation", "--num-aug", "2",
+              "--output-dir", str(folder / "built")])
+    return folder / "built"
+
+
+def model_of(cfg=TINY, seed=0):
+    """Random weights; a q head that differs between rows."""
+    model = TRM(cfg, torch.Generator().manual_seed(seed)).eval()
+    with torch.no_grad():
+        model.q_head.normal_(generator=torch.Generator().manual_seed(seed))
+        model.q_bias.zero_()
+        model.puzzle_emb.normal_(generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def arc_model(split, seed=0):
+    return model_of(replace(ARC_CFG, num_puzzles=split.meta["num_puzzle_identifiers"]), seed)
+
+
+def save_run(folder, split, model, **changes):
+    """A run folder as train.py leaves it."""
+    content = {"config": asdict(model.cfg), "model": model.state_dict(), "ema": None, "identity": split.identity,
+               "recipe": split.recipe, "data": [str(d) for d in split.dirs], "data_test": [str(d) for d in split.dirs],
+               "settings": {"preset": "mini"}, "step": 10, **changes}
+    rundir.save_file(folder / "step_00000010.ckpt", content)
+    (folder / "latest.txt").write_text("step_00000010.ckpt\n")
+    return folder
+
+
+class Oracle(TRM):
+    """Solves 4x4 Sudokus and, when `needs` says so, only after some steps; q_halt tells truly whether it is right.
+
+    State y: feature 0 the tokens, 1 the number of steps, 2 what noise made of 0.
+    """
+    noise_helps = False
+
+    def __init__(self, cfg=TINY):
+        super().__init__(cfg, torch.Generator().manual_seed(0))
+        self.y0.zero_()
+        self.eval()
+
+    def embed(self, inputs, rows):
+        x = torch.zeros(len(inputs), self.cfg.length, self.cfg.hidden_size)
+        x[:, 1:, 0] = inputs
+        return x
+
+    def improve(self, x, y, z):
+        y = y.clone()
+        y[..., 0] = x[..., 0]
+        y[..., 1] += 1
+        self.calls = getattr(self, "calls", 0) + 1
+        return y, z
+
+    def needs(self, tokens):
+        return 1 + int(tokens.sum()) % 4        # steps until it knows
+
+    def knows(self, tokens, state):
+        return state[0, 2] > 0.5 if self.noise_helps else round(float(state[0, 1])) >= self.needs(tokens)
+
+    def heads(self, y):
+        logits = torch.zeros(len(y), 16, 6)
+        q = torch.full((len(y), 2), -3.0)
+        for i, state in enumerate(y):
+            tokens = state[1:, 0].round().int().tolist()
+            givens = [1 << t - 2 if t > 1 else 0 for t in tokens]
+            bits = sudoku.solve(givens, 4, [[1, 2, 4, 8]] * 16) if min(tokens) else None
+            answer = [b.bit_length() + 1 for b in bits] if bits else tokens
+            right = self.knows(np.array(tokens), state)
+            logits[i, range(16), answer if right else answer[::-1]] = 9
+            q[i, 0] = 3 if right else -3
+        return logits, q
+
+
+def png_size(path):
+    """(width, height) in pixels."""
+    header = Path(path).read_bytes()[:24]
+    assert header[1:4] == b"PNG"
+    return struct.unpack(">II", header[16:])
+
+
+def png_width(path):
+    return png_size(path)[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
 
 
 def write_boards(folder, groups=20, seed=0, vocab_size=6, shift=0):
@@ -39,8 +165,8 @@ def write_boards(folder, groups=20, seed=0, vocab_size=6, shift=0):
             "inputs": inputs, "labels": labels, "puzzle_identifiers": ids,
             "puzzle_indices": np.concatenate(([0], np.cumsum(sizes))).astype(np.int32),
             "group_indices": np.arange(0, 2 * groups + 1, 2, dtype=np.int32)}, vocab_size, len(ids) + 1)
-    data.write_json(Path(folder) / "identifiers.json", ["<blank>", *(f"puzzle{i + shift}" for i in ids)])
-    data.write_json(Path(folder) / "recipe.json", {"seed": seed})
+    common.write_json(Path(folder) / "identifiers.json", ["<blank>", *(f"puzzle{i + shift}" for i in ids)])
+    common.write_json(Path(folder) / "recipe.json", {"seed": seed})
     return str(folder)
 
 
@@ -49,7 +175,7 @@ def flags(boards, run_dir, *more):
 
 
 def log_of(run_dir, *events):
-    return [r for r in train.read_log(Path(run_dir) / "log.jsonl") if not events or r["event"] in events]
+    return [r for r in rundir.read_log(Path(run_dir) / "log.jsonl") if not events or r["event"] in events]
 
 
 def steps_of(run_dir, event):
@@ -58,7 +184,7 @@ def steps_of(run_dir, event):
 
 def last(run_dir):
     """Content of the newest checkpoint of a run."""
-    return train.load_file(train.checkpoints(run_dir)[0])
+    return rundir.load_file(rundir.checkpoints(run_dir)[0])
 
 
 def unlike(a, b, name=""):
@@ -97,9 +223,9 @@ def count_events(act):
             act(f"after {name}", next(number))
             return result
         setattr(owner, name, wrapped)
-    for name in ("backward", "update", "train_metrics", "evaluate", "save_file", "mirror"):
+    for name in ("backward", "update", "log_step", "evaluate", "mirror"):
         wrap(train, name)
-    for owner, name in ((train.Log, "write"), (os, "replace"), (torch, "save")):
+    for owner, name in ((rundir, "save_file"), (rundir.Log, "write"), (os, "replace"), (torch, "save")):
         wrap(owner, name)
 
 
@@ -115,6 +241,18 @@ def at(event, do):
     return act
 
 
+def without_curves(monkeypatch=None):
+    """Pictures take a second each: only tests/test_draw.py draws."""
+    def plot(run_dirs, path):
+        return path
+    monkeypatch.setattr(train.draw, "plot", plot) if monkeypatch else setattr(train.draw, "plot", plot)
+
+
+def go(*argv):
+    """train.main in this process."""
+    return train.main([str(a) for a in argv])
+
+
 def child(rank, size, port, cwd, argv, event, number, output):
     """One rank. number: of a signal that it sends to itself at `event`; None: count the events into a file."""
     os.chdir(cwd)
@@ -123,12 +261,12 @@ def child(rank, size, port, cwd, argv, event, number, output):
     file = os.open(f"{output}{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(file, 1), os.dup2(file, 2)
     torch.set_num_threads(1)
-    train.plot = lambda run_dirs, out: out   # a second each: tests/test_train.py draws
+    without_curves()
     if event is not None:
         count_events(at(event, lambda: os.kill(os.getpid(), number)))
     elif number:
         count_events(lambda name, n: Path(f"{output}events{rank}").write_text(str(n)))
-    data.cli(lambda: train.main(argv))
+    common.cli(lambda: train.main(argv))
 
 
 class Ranks:

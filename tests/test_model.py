@@ -1,13 +1,20 @@
 """The model against naive loops, and what must hold whatever the weights are."""
+import copy
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 import train
-from model import IGNORE, TRM, Batch, CastOnce, Config, act_loss, attend, compiler_lacks, log_stablemax, \
-    sudoku_score_mod, swiglu_width, trunc_normal
+from common import UserError
+from data import exploration
+from model import IGNORE, OVER_ALL_ROWS, TRM, Batch, Config, act_loss, attend, build, log_stablemax, \
+    metric_names, read_config, row_scores, sudoku_score_mod, swiglu_width, trunc_normal
+from optim import AdamATan2, schedule, sign_sgd
+from runs import ALONE
 
 
 def tiny(**changes):
@@ -27,8 +34,12 @@ def random_batch(cfg, rows, seed=0):
     return Batch(tokens[0], tokens[1], ids, torch.zeros(rows, dtype=torch.int32))
 
 
+def settings(*flags):
+    return train.settings(["--preset", "sudoku", *flags], ALONE)[0]
+
+
 def one_step(cfg, seed=0, rows=3):
-    """(model, delta, loss) after a forward and a backward."""
+    """(model, delta, loss, sums of the metrics) after a forward and a backward."""
     model, batch = make(cfg, seed).train(), random_batch(cfg, rows)
     delta = torch.zeros(rows, cfg.puzzle_emb_ndim, requires_grad=True)
     carry, logits, q = model.step(model.empty_carry(batch), batch, delta)
@@ -49,7 +60,7 @@ def naive_swiglu(v, gate_up, down):
 
 
 def test_mlp_mixer_normalises_over_positions():
-    """One application of net in float64, element by element: the mixer's rms runs over L, the other over D."""
+    """One application of net in float64, element by element: the mixer's rms is over L, the other over D."""
     cfg = tiny(mixer="mlp", pos_encodings="none", num_layers=1)
     model = make(cfg)
     L, D = cfg.length, cfg.hidden_size
@@ -57,7 +68,7 @@ def test_mlp_mixer_normalises_over_positions():
     x = torch.randn(2, L, D, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         first = (t.transpose(0, 1).contiguous() for t in (h, x))      # net takes (L, B, D) with this mixer
-        got = model.net(*first, model.cast_weights(1)[0]).transpose(0, 1).numpy()
+        got = model.net(*first).transpose(0, 1).numpy()
     mix_in, mix_out, mlp_in, mlp_out = (p.detach().double().numpy() for p in model.blocks[0].parameters())
     for b in range(2):
         a = (h[b] + x[b]).double().numpy()
@@ -73,7 +84,7 @@ def test_attention_block_equals_a_naive_loop():
     L, D, H = cfg.length, cfg.hidden_size, cfg.num_heads
     h = torch.randn(1, L, D, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        got = model.net(h, torch.zeros_like(h), model.cast_weights(1)[0])[0].numpy()
+        got = model.net(h, torch.zeros_like(h))[0].numpy()
     mix_in, mix_out, mlp_in, mlp_out = (p.detach().double().numpy() for p in model.blocks[0].parameters())
     a = h[0].double().numpy()
     q, k, v = (a @ mix_in.T).reshape(L, 3, H, D // H).transpose(1, 2, 0, 3)                # (H, L, D/H) each
@@ -100,7 +111,8 @@ def test_adam_atan2_against_a_float64_loop():
     rng = np.random.RandomState(0)
     p0, grads = rng.randn(7), rng.randn(5, 7)
     lr, wd, b1, b2 = 0.01, 0.1, 0.9, 0.95
-    p, adam = torch.tensor(p0, dtype=torch.float32), train.AdamATan2(7, "cpu", b1, b2, wd)
+    p = torch.tensor(p0, dtype=torch.float32)
+    adam = AdamATan2(p, b1, b2, wd)
     want, m, v = p0.copy(), np.zeros(7), np.zeros(7)
     for t, g in enumerate(grads, 1):
         adam.step(p, torch.tensor(g, dtype=torch.float32), lr, t)
@@ -120,7 +132,7 @@ def test_halted_rows_alone_take_new_data():
     model = make(cfg).train()
     old, new = random_batch(cfg, 4, seed=1), random_batch(cfg, 4, seed=2)
     carry, _, _ = model.step(model.empty_carry(old), old)
-    for i in range(4):                                    # all rows were halted at the start: all took the batch
+    for i in range(4):      # all rows were halted at the start: all took the batch
         assert torch.equal(carry.inputs[i], old.inputs[i]) and carry.steps[i] == 1
     carry = carry._replace(halted=torch.tensor([True, False, False, True]))
     got = model.admit(carry, new)
@@ -136,7 +148,7 @@ def test_halted_rows_alone_take_new_data():
 
 
 def test_halting():
-    """Rows halt at the last step, when q_halt > 0 in training, and never below the minimum that exploration drew."""
+    """Rows halt at the last step, when q_halt > 0 in training, and never below what exploration drew."""
     cfg = tiny(halt_max_steps=3)
     model, batch = make(cfg).train(), random_batch(tiny(), 4)
     with torch.no_grad():
@@ -150,14 +162,15 @@ def test_halting():
         assert carry.halted.tolist() == [True, False, False, True]
         carry = model.step(carry, wants)[0]
         assert carry.halted.tolist() == [True, True, False, True]
-        assert not model.eval().step(model.empty_carry(batch), batch)[0].halted.any()   # evaluation goes all the way
+        model.eval()        # evaluation goes all the way
+        assert not model.step(model.empty_carry(batch), batch)[0].halted.any()
 
 
 def test_train_max_steps():
     """Rises in even stretches; exploration may hold a row beyond it."""
-    args = train.settings(["--preset", "sudoku", "--train-max-steps", "2", "5"])[0]
+    args = settings("--train-max-steps", "2", "5")
     assert [train.train_max_steps(args, i / 8) for i in range(9)] == [2, 2, 3, 3, 4, 4, 5, 5, 5]
-    assert train.train_max_steps(train.settings(["--preset", "sudoku"])[0], 0.1) == 16
+    assert train.train_max_steps(settings(), 0.1) == 16
     cfg = tiny(halt_max_steps=4)
     model, batch = make(cfg).train(), random_batch(tiny(), 3)
     batch = batch._replace(min_steps=torch.tensor([0, 3, 4], dtype=torch.int32))
@@ -165,9 +178,25 @@ def test_train_max_steps():
         carry, halted_at = model.empty_carry(batch), [0, 0, 0]
         with torch.no_grad():
             for step in range(1, 5):
-                carry = model.step(carry._replace(halted=carry.halted & (carry.steps == 0)), batch, max_steps=limit)[0]
+                carry = carry._replace(halted=carry.halted & (carry.steps == 0))
+                carry = model.step(carry, batch, max_steps=limit)[0]
                 halted_at = [at or step * int(h) for at, h in zip(halted_at, carry.halted.tolist())]
         assert halted_at == ends, (limit, halted_at)
+
+
+def test_one_supervision_step_halts_every_row():
+    """halt_max_steps 1: a row takes a new puzzle at every step, from y0 and z0; nothing is explored."""
+    cfg = tiny(halt_max_steps=1)
+    model, carry = make(cfg).train(), None
+    for seed in range(3):
+        min_steps = torch.from_numpy(exploration(0, seed, 4, 1.0, 1))
+        batch = random_batch(cfg, 4, seed)._replace(min_steps=min_steps)
+        assert not batch.min_steps.any()
+        with torch.no_grad():
+            carry, logits, _ = model.step(carry or model.empty_carry(batch), batch)
+            _, alone, _ = model.step(model.empty_carry(batch), batch)
+        assert carry.halted.all() and (carry.steps == 1).all() and torch.equal(carry.inputs, batch.inputs)
+        assert torch.equal(logits, alone)
 
 
 def test_early_cycles_get_no_gradient():
@@ -181,20 +210,20 @@ def test_early_cycles_get_no_gradient():
     assert y.grad is None and z.grad is None
     whole = [p.grad.clone() for p in model.blocks.parameters()]
     model.zero_grad()
-    weights = model.cast_weights(cfg.L_cycles + 1)
     with torch.no_grad():
         for _ in range(2):
-            y, z = model.cycle(x, y, z, weights)
-    model.cycle(x, y, z, weights)[0].sum().backward()
+            y, z = model.cycle(x, y, z)
+    model.cycle(x, y, z)[0].sum().backward()
     for a, p in zip(whole, model.blocks.parameters()):
         assert torch.allclose(a, p.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("change", [
-    dict(), dict(mixer="mlp", pos_encodings="none"), dict(pos_encodings="learned"), dict(pos_encodings="none"),
-    dict(loss="softmax"), dict(q_continue=True), dict(score_mod="sudoku"), dict(puzzle_emb_len=0, puzzle_emb_ndim=0),
-    dict(puzzle_emb_ndim=48), dict(H_cycles=1), dict(num_layers=3), dict(dtype="bfloat16"), dict(halt_max_steps=1),
+    dict(), dict(mixer="mlp", pos_encodings="none"), dict(pos_encodings="learned"),
+    dict(pos_encodings="none"), dict(loss="softmax"), dict(q_continue=True), dict(score_mod="sudoku"),
+    dict(puzzle_emb_len=0, puzzle_emb_ndim=0), dict(puzzle_emb_ndim=48), dict(H_cycles=1),
+    dict(num_layers=3), dict(dtype="bfloat16"), dict(halt_max_steps=1),
     dict(vocab_size=0, input_dim=3, target_dim=2)], ids=str)
 def test_every_option_trains_for_a_step(change, rows):
     cfg = tiny(**change)
@@ -209,12 +238,15 @@ def test_every_option_trains_for_a_step(change, rows):
         loss.backward()
         asked = ~labels.isnan()
         wanted = sum(((out[i] - labels[i])[asked[i]] ** 2).mean() for i in range(rows))
-        assert math.isclose(sums[5].item(), wanted.item(), rel_tol=1e-5)
+        assert math.isclose(sums["regression_loss"].item(), wanted.item(), rel_tol=1e-5)
     else:
         model, delta, loss, sums = one_step(cfg, rows=rows)
         if cfg.puzzle_emb_ndim:
             assert delta.grad.abs().sum() > 0
-    assert loss.isfinite() and sums.isfinite().all()
+    assert loss.isfinite() and all(value.isfinite() for value in sums.values()), sums
+    names = {"count", "steps", "q_halt_acc", "q_halt_loss", "q_continue_loss", *metric_names(cfg)}
+    assert sums.keys() == names
+    assert (sums["q_continue_loss"] > 0) == cfg.q_continue
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
         if not name.startswith("q_"):
@@ -222,7 +254,8 @@ def test_every_option_trains_for_a_step(change, rows):
 
 
 def test_stablemax_and_the_row_mean():
-    logits, labels = torch.tensor([[[2.0, -1.0, 0.0], [0.0, 0.0, 5.0], [1.0, 1.0, 1.0]]]), torch.tensor([[1, IGNORE, 0]])
+    logits = torch.tensor([[[2.0, -1.0, 0.0], [0.0, 0.0, 5.0], [1.0, 1.0, 1.0]]])
+    labels = torch.tensor([[1, IGNORE, 0]])
     s = np.array([3.0, 0.5, 1.0])
     assert np.allclose(log_stablemax(logits)[0, 0].numpy(), np.log(s / s.sum()), atol=1e-12)
     assert log_stablemax(logits).dtype == torch.float64
@@ -232,7 +265,10 @@ def test_stablemax_and_the_row_mean():
     loss, sums = act_loss(cfg, carry._replace(labels=labels), logits, q)
     wanted = (-math.log(0.5 / 4.5) - math.log(1 / 3)) / 2
     assert math.isclose(loss.item(), wanted + 0.5 * math.log(2), rel_tol=1e-6)
-    assert sums.tolist()[:4] == [1, 0.5, 0, 0]            # cell 2 ties: argmax takes the first, which is its label
+    # cell 2 ties: argmax takes the first, which is its label
+    assert {name: sums[name].item() for name in ("count", "cell_acc", "exact_acc", "q_halt_acc")} == {
+        "count": 1, "cell_acc": 0.5, "exact_acc": 0, "q_halt_acc": 0}
+    assert math.isclose(sums["lm_loss"].item(), wanted, rel_tol=1e-6)
 
 
 def test_initial_weights_have_the_stated_std():
@@ -248,7 +284,8 @@ def test_score_mod_equals_a_naive_loop_and_trains(seq_len):
     cfg = tiny(seq_len=seq_len, score_mod="sudoku")
     size, P, H = math.isqrt(seq_len), cfg.puzzle_emb_len, cfg.num_heads
     box_rows, box_cols = {4: (2, 2), 6: (2, 3), 9: (3, 3)}[size]
-    q, k, v = torch.randn(3, 1, H, cfg.length, 8, generator=torch.Generator().manual_seed(0), requires_grad=True).unbind(0)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, H, cfg.length, 8, generator=g, requires_grad=True).unbind(0)
     got = attend(q, k, v, sudoku_score_mod(cfg))
     for head in range(H):
         for i in range(0, cfg.length, 7):
@@ -278,7 +315,6 @@ def test_plain_and_fused_attention_agree():
 
 def test_flex_attention_gives_the_same_forward():
     """The CUDA path's operator, run where it can be without a GPU: compiled, forward only."""
-    from torch.nn.attention.flex_attention import flex_attention
     cfg = tiny(seq_len=36, score_mod="sudoku")
     q, k, v = torch.randn(3, 1, 4, cfg.length, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
     mod = sudoku_score_mod(cfg)
@@ -287,17 +323,35 @@ def test_flex_attention_gives_the_same_forward():
         assert (got - attend(q, k, v, mod)).abs().max() < 1e-5
 
 
-def test_weights_are_cast_once_and_summed_in_float32():
-    """Gradients of 7 uses, each rounded to bfloat16, are added in float32: nearer to the truth than bfloat16 sums."""
-    w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    xs = torch.randn(7, 32, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    uses = CastOnce.apply(w, torch.bfloat16, 7)
-    assert len({u.data_ptr() for u in uses}) == 1        # one cast, seven aliases
-    sum((x @ u).float().square().sum() for x, u in zip(xs, uses)).backward()
-    once = w.grad.clone()
-    w.grad = None
-    sum((x @ w.to(torch.bfloat16)).float().square().sum() for x in xs).backward()   # a cast per use, as published
-    assert torch.equal(once, w.grad)
+@pytest.mark.parametrize("mixer", ["attn", "mlp"])
+def test_gradients_of_the_uses_are_summed_in_float32(mixer):
+    """The weights are used n + 1 times in a round, in bfloat16: every use has a gradient, and these
+    are added up in float32, the last use first. Sums in bfloat16 lose bits of them."""
+    cfg = tiny(mixer=mixer, pos_encodings="none", L_cycles=6, dtype="bfloat16")
+    x, y, z = torch.randn(3, 3, cfg.length, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def backward(model):
+        model.improve(x, y, z)[0].float().square().sum().backward()
+        return model
+    whole, apart, n_used = backward(make(cfg)), make(cfg), 0
+    copies = [copy.deepcopy(apart.blocks) for _ in range(cfg.L_cycles + 1)]
+
+    def net(h, injection):
+        nonlocal n_used
+        used = n_used % len(copies)     # the same copies in every round; only the last has a gradient
+        apart.blocks, n_used = copies[used], n_used + 1
+        return TRM.net(apart, h, injection)
+    apart.net = net
+    backward(apart)
+    assert n_used == cfg.H_cycles * len(copies)
+    for name, p in whole.blocks.named_parameters():
+        last, *others = [c.get_parameter(name).grad for c in reversed(copies)]
+        total, rounded = last.clone(), last.bfloat16()
+        for grad in others:     # each of a product in bfloat16
+            assert torch.equal(grad, grad.bfloat16().float()) and grad.any(), name
+            total, rounded = total + grad, rounded + grad.bfloat16()
+        assert torch.equal(p.grad, total), f"{name} by {(p.grad - total).abs().max():.2e}"
+        assert not torch.equal(p.grad, rounded.float()), name
 
 
 @pytest.mark.parametrize("ids", [[3, 1, 3, 3, 0, 1], [2, 2, 2, 2, 2, 2], [0, 1, 2, 3, 4, 5]])
@@ -308,21 +362,20 @@ def test_sign_sgd_against_a_loop(ids):
     for puzzle in set(ids):
         total = sum(grads[i] for i in range(6) if ids[i] == puzzle)
         wanted[puzzle] = wanted[puzzle] * (1 - 0.1 * 0.5) - 0.1 * total.sign()
-    train.sign_sgd(table, torch.tensor(ids, dtype=torch.int32), grads, 0.1, 0.5)
+    sign_sgd(table, torch.tensor(ids, dtype=torch.int32), grads, 0.1, 0.5)
     assert torch.allclose(table, wanted, atol=1e-6), (table - wanted).abs().max()
 
 
 def test_schedule():
-    assert [train.schedule(t, 100, 4, 1.0) for t in (1, 2, 4, 100)] == [0.25, 0.5, 1.0, 1.0]
-    assert math.isclose(train.schedule(52, 100, 4, 0.2), 0.6) and math.isclose(train.schedule(100, 100, 4, 0.2), 0.2)
+    assert [schedule(t, 100, 4, 1.0) for t in (1, 2, 4, 100)] == [0.25, 0.5, 1.0, 1.0]
+    assert math.isclose(schedule(52, 100, 4, 0.2), 0.6) and math.isclose(schedule(100, 100, 4, 0.2), 0.2)
 
 
 def test_tiny_model_learns_eight_puzzles():
     cfg = tiny(mixer="mlp", pos_encodings="none")
-    args = train.settings(["--global-batch-size", "8", "--lr", "2e-3", "--puzzle-emb-lr", "1e-2", "--weight-decay", "0"])[0]
-    import eval as scoring
-    args.ema = 0.9
-    run = train.Run(args, cfg, scoring.World(0, 1, torch.device("cpu")))
+    args = settings("--global-batch-size", "8", "--lr", "2e-3", "--puzzle-emb-lr", "1e-2",
+                    "--weight-decay", "0", "--ema", "0.9")
+    run = train.Run(args, cfg, ALONE)
     batch = random_batch(cfg, 8)
     for step in range(300):
         train.backward(run, batch)
@@ -340,12 +393,113 @@ def test_tiny_model_learns_eight_puzzles():
     raise AssertionError(f"after 300 steps {right:.2f} of 8 puzzles are right")
 
 
-def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert "C++ compiler" in compiler_lacks(cpu) and compiler_lacks(torch.device("cuda")) == ""
-    monkeypatch.setattr("shutil.which", lambda name: name)
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    assert "Python.h" in compiler_lacks(cpu)
-    (tmp_path / "Python.h").touch()
-    assert compiler_lacks(cpu) == ""
+# ---------------------------------------------------------------------------------------------
+# Config
+
+@pytest.mark.parametrize("change, message", [
+    (dict(score_mod="sudoku", seq_len=10),
+     "--score-mod sudoku needs --mixer attn and boards of 4x4, 6x6 or 9x9; this is attn with 10 cells"),
+    (dict(score_mod="sudoku", seq_len=25), "this is attn with 25 cells"),   # a square, but it has no boxes
+    (dict(score_mod="sudoku", mixer="mlp", pos_encodings="none"), "this is mlp with 16 cells: leave it out"),
+    (dict(num_heads=3), "--hidden-size 32 does not give 3 heads of even width; use a multiple of 6"),
+    (dict(num_heads=32), "--hidden-size 32 does not give 32 heads of even width; use a multiple of 64"),
+    (dict(puzzle_emb_ndim=65),
+     "--puzzle-emb-ndim 65 is wider than --puzzle-emb-len 2 x --hidden-size 32; lower it to 64"),
+    (dict(puzzle_emb_len=0),
+     "--puzzle-emb-ndim 32 is wider than --puzzle-emb-len 0 x --hidden-size 32; lower it to 0"),
+], ids=str)
+def test_settings_that_contradict_each_other_are_refused(change, message):
+    with pytest.raises(UserError) as e:
+        tiny(**change)
+    assert message in str(e.value) and "\n" not in str(e.value), e.value
+
+
+def test_what_a_mixer_does_not_use_is_not_checked():
+    assert tiny(mixer="mlp", pos_encodings="none", num_heads=3).num_heads == 3
+    assert tiny(puzzle_emb_ndim=64).puzzle_emb_ndim == 64
+
+
+def test_a_config_of_older_and_of_other_code():
+    """What an older checkpoint did not know has its default; what this code does not know is named."""
+    cfg = tiny(loss="softmax", halt_max_steps=4)
+    saved = asdict(cfg)
+    assert read_config(saved) == cfg
+    assert read_config(saved, L_cycles=5) == tiny(loss="softmax", halt_max_steps=4, L_cycles=5)
+    older = {name: value for name, value in saved.items() if name not in ("loss", "halt_tolerance", "dtype")}
+    assert read_config(older) == tiny(halt_max_steps=4, dtype="bfloat16")
+    with pytest.raises(UserError) as e:
+        read_config({**saved, "twist": 2, "depth": 3})
+    assert str(e.value).startswith("the checkpoint has depth, twist, which this model.py does not know")
+    with pytest.raises(UserError, match="--hidden-size 32 does not give 3 heads"):
+        read_config(saved, num_heads=3)
+
+
+def test_weights_that_do_not_fit_are_named_in_one_line():
+    cfg = tiny()
+    state = make(cfg).state_dict()
+    wrong = {**state, "surplus": torch.zeros(1), "q_bias": torch.zeros(3)}
+    del wrong["lm_head"]
+    with pytest.raises(UserError) as e:
+        build(cfg, wrong)
+    assert [name for name in ("lm_head", "surplus", "q_bias", "\n") if name not in str(e.value)] == ["\n"]
+    again = build(cfg, state)
+    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+    assert torch.equal(again.cos, make(cfg).cos) and all(p.requires_grad for p in again.parameters())
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores by name
+
+def test_row_scores_equal_a_naive_loop():
+    """Tokens and numbers, with cells and whole rows that nobody asks for; a row without any has n 0."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 16, 6, generator=g)
+    labels = torch.randint(0, 6, (5, 16), generator=g)
+    labels[0], labels[1, 3:9], labels[4] = logits[0].argmax(-1), IGNORE, IGNORE
+    found = row_scores(tiny(loss="softmax"), logits, labels)
+    for i in range(5):
+        cells = [j for j in range(16) if labels[i, j] != IGNORE]
+        right = [int(logits[i, j].argmax() == labels[i, j]) for j in cells]
+        losses = [-logits[i, j].softmax(-1)[labels[i, j]].log().item() for j in cells]
+        assert (found.n[i], found.right[i]) == (len(cells), all(right))
+        assert math.isclose(found.cell[i], sum(right) / max(1, len(cells)), abs_tol=1e-6)
+        assert math.isclose(found.loss[i], sum(losses) / max(1, len(cells)), abs_tol=1e-5)
+    assert found.right[0] and found.n.tolist() == [16, 10, 16, 16, 0]
+
+    cfg = tiny(vocab_size=0, input_dim=3, target_dim=2, halt_tolerance=0.5)
+    targets = torch.randn(4, 16, 2, generator=g)
+    noise = torch.tensor([0.1, 1.0, 0.1, 1.0])[:, None, None]
+    predictions = targets + noise * torch.randn(4, 16, 2, generator=g)
+    targets[1, 2:7], targets[2, 5, 1], targets[3] = math.nan, math.nan, math.nan
+    found = row_scores(cfg, predictions, targets)
+    for i in range(4):
+        cells = [j for j in range(16) if not targets[i, j].isnan().any()]
+        differences = [(predictions[i, j, d] - targets[i, j, d]).item() for j in cells for d in range(2)]
+        mse = sum(d * d for d in differences) / max(1, len(differences))
+        mae = sum(map(abs, differences)) / max(1, len(differences))
+        assert (found.n[i], found.right[i]) == (len(cells), mse < 0.5)
+        assert math.isclose(found.loss[i], mse, rel_tol=1e-5)
+        assert math.isclose(found.cell[i], mae, rel_tol=1e-5)
+    assert found.right.tolist() == [True, False, True, True] and found.n.tolist() == [16, 11, 15, 0]
+
+
+def test_sums_count_halted_rows_with_labels_and_losses_all_rows():
+    cfg = tiny()
+    batch = random_batch(cfg, 4)
+    batch.labels[3] = IGNORE
+    carry = make(cfg).empty_carry(batch)._replace(
+        labels=batch.labels, halted=torch.tensor([True, False, True, True]),
+        steps=torch.tensor([3, 5, 7, 9], dtype=torch.int32))
+    logits = torch.nn.functional.one_hot(batch.labels.clamp(min=0).long(), 6).float() * 9
+    logits[0, 0] = logits[0, 0].roll(1)
+    q = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [2.0, 0.0]])
+    rows = row_scores(cfg, logits, batch.labels)
+    sums = {name: value.item() for name, value in act_loss(cfg, carry, logits, q)[1].items()}
+    assert OVER_ALL_ROWS >= {"lm_loss", "q_halt_loss", "q_continue_loss"}
+    # rows 0 and 2 count: 1 has not halted, 3 has no labels
+    assert sums["count"] == 2 and sums["steps"] == 3 + 7 and sums["exact_acc"] == 1
+    assert math.isclose(sums["cell_acc"], 15 / 16 + 1) and sums["q_halt_acc"] == 0
+    assert math.isclose(sums["lm_loss"], rows.loss.sum().item(), rel_tol=1e-6)
+    right = [False, True, True, True]       # a row without labels has nothing wrong
+    wanted = sum(math.log1p(math.exp(-v if r else v)) for v, r in zip(q[:, 0].tolist(), right))
+    assert math.isclose(sums["q_halt_loss"], wanted, rel_tol=1e-6) and sums["q_continue_loss"] == 0

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import eval as scoring
 import train
-from model import Batch, CheckpointError, act_loss, from_published, build, metric_names, published_names, \
-    to_published, PREFIX
+from common import UserError
+from hub import PREFIX, from_published, published_names, to_published
+from model import Batch, act_loss, build
+from runs import ALONE
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["mlp", "attention", "learned_positions"]
@@ -35,22 +36,32 @@ def overrides(c):
 
 
 def model_of(c, state):
-    return build(*from_published({f"_orig_mod.{PREFIX}{k}": v.clone() for k, v in state.items()}, overrides(c)))
+    prefixed = {f"_orig_mod.{PREFIX}{k}": v.clone() for k, v in state.items()}
+    return build(*from_published(prefixed, overrides(c)))
 
 
 def batch_of(d, i):
-    arrays = [torch.from_numpy(d[f"batch{i}/{k}"].astype(np.int32)) for k in ("inputs", "labels", "puzzle_identifiers")]
+    names = ("inputs", "labels", "puzzle_identifiers")
+    arrays = [torch.from_numpy(d[f"batch{i}/{name}"].astype(np.int32)) for name in names]
     return Batch(*arrays, torch.zeros(len(arrays[0]), dtype=torch.int32))
 
 
-def golden_metrics(d, key, cfg):
-    values = dict(zip((OURS.get(str(n), str(n)) for n in d[f"{key}/metric_names"]), np.atleast_2d(d[f"{key}/metrics"]).T))
-    return np.stack([values[n] if n in values else np.zeros_like(values["count"]) for n in metric_names(cfg)], axis=-1)
+def golden_metrics(d, key, i=0):
+    """{our name: sum over the batch} at a step."""
+    values = np.atleast_2d(d[f"{key}/metrics"])[i]
+    return {OURS.get(str(n), str(n)): v for n, v in zip(d[f"{key}/metric_names"], values)}
 
 
 def report(what, measured, limit):
     print(f"{what}: largest difference {measured:.2e}, limit {limit:.0e}")
     assert measured <= limit, f"{what}: difference {measured:.3e} is over {limit:.0e}"
+
+
+def compare_metrics(what, sums, wanted, limit):
+    """By name; all that the published code measures, and q_continue_loss, which is 0."""
+    assert sums.keys() == wanted.keys() | {"q_continue_loss"} and sums["q_continue_loss"] == 0
+    for name, value in wanted.items():
+        report(f"{what} {name}", abs(sums[name].item() - value), limit)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,48 +81,47 @@ def test_evaluation_agrees_over_16_steps(name):
                 report(f"{name} logits at step {step}", worst, 1e-3 if step == 16 else 1e-4)
     report(f"{name} q_halt", np.abs(np.array(q_halt) - d["eval/q_halt"]).max(), 1e-3)
     report(f"{name} loss", np.abs(np.array(losses) / d["eval/loss"] - 1).max(), 1e-4)
-    report(f"{name} metrics", np.abs(sums.numpy() - golden_metrics(d, "eval", model.cfg)[0]).max(), 1e-3)
+    compare_metrics(name, sums, golden_metrics(d, "eval"), 1e-3)
     assert carry.halted.all() and (carry.steps == 16).all()
 
 
-def run_of(c, state, model):
+def run_of(c, model):
     """A train.Run with the golden settings around the golden weights."""
-    args = train.settings(["--preset", "sudoku"])[0]
-    vars(args).update(global_batch_size=c["batch_size"], lr=c["lr"], puzzle_emb_lr=c["plr"], weight_decay=c["wd"],
-                      puzzle_emb_weight_decay=c["pwd"], halt_exploration_prob=0.0)
-    run = train.Run(args, model.cfg, scoring.World(0, 1, torch.device("cpu")),
-                    {"model": {k: v.clone() for k, v in model.state_dict().items()}})
-    return run
+    args = train.settings(["--preset", "sudoku"], ALONE)[0]
+    vars(args).update(global_batch_size=c["batch_size"], lr=c["lr"], puzzle_emb_lr=c["plr"],
+                      weight_decay=c["wd"], puzzle_emb_weight_decay=c["pwd"], halt_exploration_prob=0.0)
+    return train.Run(args, model.cfg, ALONE, {k: v.clone() for k, v in model.state_dict().items()})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_three_training_steps_agree(name):
     d, c, state = load(name)
-    run = run_of(c, state, model_of(c, state))
+    run = run_of(c, model_of(c, state))
     names = published_names(run.cfg)
     params = dict(run.model.named_parameters())
-    previous = torch.zeros_like(run.sums)
     for i in range(3):
+        run.sums = {}
         train.backward(run, batch_of(d, i))
         if i == 0:
             for key, p in params.items():
                 golden = float(d[f"grad_norm/{names[key]}"])
-                report(f"{name} gradient of {key}", abs(p.grad.norm().item() - golden) / max(golden, 1e-12), 1e-4)
-        sums = (run.sums - previous).numpy()
-        previous = run.sums.clone()
-        report(f"{name} loss at step {i}", abs((sums[5] + 0.5 * sums[6]) / d["train/loss"][i] - 1), 1e-4)
-        wanted = golden_metrics(d, "train", run.cfg)[i]
-        report(f"{name} metrics at step {i}", np.abs(sums - wanted).max(), 1e-4 * max(1, np.abs(wanted).max()))
-        carry = run.carries[0]
-        assert (carry.halted.numpy() == d[f"train/halted{i}"]).all(), (i, carry.halted, d[f"train/halted{i}"])
-        assert (carry.steps.numpy() == d[f"train/steps{i}"]).all(), (i, carry.steps, d[f"train/steps{i}"])
+                difference = abs(p.grad.norm().item() - golden) / max(golden, 1e-12)
+                report(f"{name} gradient of {key}", difference, 1e-4)
+        loss = (run.sums["lm_loss"] + 0.5 * run.sums["q_halt_loss"]).item()
+        report(f"{name} loss at step {i}", abs(loss / d["train/loss"][i] - 1), 1e-4)
+        wanted = golden_metrics(d, "train", i)
+        compare_metrics(f"{name} step {i}", run.sums, wanted, 1e-4 * max(1, *map(abs, wanted.values())))
+        assert (run.carry.halted.numpy() == d[f"train/halted{i}"]).all(), (i, run.carry.halted)
+        assert (run.carry.steps.numpy() == d[f"train/steps{i}"]).all(), (i, run.carry.steps)
         train.update(run, 1.0)
     after = run.model.state_dict()
     for key, theirs in names.items():
         got, wanted = after[key].flatten()[:8].numpy(), d[f"after/{theirs}"]
         close = np.abs(got - wanted) <= 1e-5
+        # of a gradient near 0 the sign may differ, and with it the whole step of one element
         allowed = 2 * (c["plr"] if key == "puzzle_emb" else c["lr"])
-        assert close.mean() >= 0.99 or np.abs(got - wanted)[~close].max() <= allowed and (~close).sum() <= 1, (key, got, wanted)
+        one_step = np.abs(got - wanted)[~close].max(initial=0) <= allowed and (~close).sum() <= 1
+        assert close.mean() >= 0.99 or one_step, (key, got, wanted)
     for key, view in run.flat.views(run.ema).items():
         got, wanted = view.flatten()[:8].numpy(), d[f"ema/{names[key]}"]
         report(f"{name} EMA of {key}", np.abs(got - wanted).max(), 1e-5)
@@ -139,7 +149,7 @@ def test_published_format_round_trip(name):
 def test_wrong_keys_are_named(change, named):
     _, c, state = load("attention")
     change(state)
-    with pytest.raises(CheckpointError, match=named):
+    with pytest.raises(UserError, match=named):
         model_of(c, state)
-    with pytest.raises(CheckpointError, match="nonsense"):
+    with pytest.raises(UserError, match="nonsense"):
         from_published({"nonsense": torch.zeros(1)}, overrides(c))

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import model
+import rundir
 import train
-from data import UserError
-from runs import flags, last, log_of, run_ranks, same_run, steps_of, unlike, write_boards
+from common import UserError
+from runs import ALONE, flags, go, last, log_of, run_ranks, same_run, steps_of, unlike, without_curves, write_boards
 
+LOGGED = [3, 4, 6, 8, 9, 12, 15, 16, 17]    # steps with a log line: every 4th, and those of a checkpoint
 KINDS = [("float32", 1), ("bfloat16", 1), ("float32", 2), ("bfloat16", 2)]
 
 
@@ -29,7 +32,7 @@ def whole(tmp_path_factory, boards):
     def run(dtype="float32", ranks=1):
         if (dtype, ranks) not in done:
             tmp = tmp_path_factory.mktemp("whole")
-            argv = flags(boards, tmp / "run", "--dtype", dtype, "--checkpoint-interval", 3)
+            argv = flags(boards, tmp / "run", "--dtype", dtype, "--checkpoint-interval", 3, "--keep-last", 99)
             codes, text = run_ranks(tmp, argv, ranks, (None, 1))
             assert codes == [0] * ranks, text
             done[dtype, ranks] = tmp / "run", int(next(tmp.glob("output*events0")).read_text())
@@ -38,33 +41,28 @@ def whole(tmp_path_factory, boards):
 
 
 @pytest.fixture(autouse=True)
-def without_curves(monkeypatch):
-    monkeypatch.setattr(train, "plot", lambda run_dirs, out: out)   # a second each: tests/test_train.py draws
-
-
-def go(*argv):
-    """train.main in this process."""
-    return train.main([str(a) for a in argv])
+def no_curves(monkeypatch):
+    without_curves(monkeypatch)
 
 
 def kill_and_resume(tmp_path, boards, whole, dtype, ranks, event, hooked=0):
     """Names of what differs from the undisturbed run, and where the run was when it died."""
     run_dir = tmp_path / f"killed-{dtype}-{ranks}-{event}"
-    argv = flags(boards, run_dir, "--dtype", dtype, "--checkpoint-interval", 3)
+    argv = flags(boards, run_dir, "--dtype", dtype, "--checkpoint-interval", 3, "--keep-last", 99)
     codes, text = run_ranks(tmp_path, argv, ranks, (event, signal.SIGKILL), hooked)
     assert -signal.SIGKILL in codes and 0 not in codes, text
     died = len(log_of(run_dir)), sorted(p.name for p in run_dir.glob("*.ckpt*"))
-    resume = ["--resume", str(run_dir)] if train.checkpoints(run_dir) else argv
+    resume = ["--resume", str(run_dir)] if rundir.checkpoints(run_dir) else argv
     codes, text = run_ranks(tmp_path, resume, ranks)
     assert codes == [0] * ranks, text
     assert not list(run_dir.glob("*.tmp")), f"left behind: {list(run_dir.glob('*.tmp'))}"
-    best = train.load_file(run_dir / "best.ckpt"), train.load_file(whole(dtype, ranks)[0] / "best.ckpt")
+    best = rundir.load_file(run_dir / "best.ckpt"), rundir.load_file(whole(dtype, ranks)[0] / "best.ckpt")
     return same_run(whole(dtype, ranks)[0], run_dir) + unlike(*best, "best"), died
 
 
 @pytest.mark.parametrize("dtype, ranks, event", [
     ("float32", 1, ("after update", 8)), ("float32", 1, ("after mirror", 1)), ("bfloat16", 1, ("after backward", 14)),
-    ("bfloat16", 1, ("before evaluate", 2)), ("float32", 2, ("after train_metrics", 5)),
+    ("bfloat16", 1, ("before evaluate", 2)), ("float32", 2, ("after log_step", 5)),
     ("bfloat16", 2, ("before backward", 12))])
 def test_killed_and_resumed_is_bit_identical(tmp_path, boards, whole, dtype, ranks, event):
     different, died = kill_and_resume(tmp_path, boards, whole, dtype, ranks, event, hooked=ranks - 1)
@@ -84,11 +82,12 @@ def test_killed_anywhere_and_resumed_is_bit_identical(tmp_path, boards, whole, d
 
 
 def test_killed_again_and_again(tmp_path, boards):
-    """Also before it saved anything new, and while it evaluates: what is still due is done after the resume."""
+    """Also before it saved anything new, and while it evaluates: what is still due is done after the resume. (A new run
+    evaluates a row among its first checks, too.)"""
     argv = flags(boards, tmp_path / "a")
     assert go(*argv) == 0
     argv = flags(boards, tmp_path / "b")
-    for event in (("after update", 10), ("after update", 1), ("before evaluate", 2)):
+    for event in (("after update", 10), ("after update", 1), ("before evaluate", 1)):
         assert run_ranks(tmp_path, argv, 1, (event, signal.SIGKILL))[0] == [-9]
         argv = ["--resume", str(tmp_path / "b")]
     assert go(*argv) == 0
@@ -97,18 +96,17 @@ def test_killed_again_and_again(tmp_path, boards):
 
 @pytest.mark.parametrize("number, event, ranks, step", [
     (signal.SIGTERM, ("before backward", 6), 1, 6), (signal.SIGINT, ("after update", 6), 1, 6),
-    (signal.SIGTERM, ("before backward", 6), 2, 6), (signal.SIGTERM, ("before evaluate", 2), 1, 8),
+    (signal.SIGTERM, ("before backward", 6), 2, 6), (signal.SIGTERM, ("before evaluate", 1), 1, 8),
     (signal.SIGINT, ("before save_file", 3), 1, 8)])
 def test_preempted_run_saves_and_goes_on(tmp_path, boards, whole, number, event, ranks, step):
-    """Between two checkpoints and two log lines (step 6), while it evaluates (for the second time: the sanity checks do
-    so first), and while it saves just before."""
+    """Between two checkpoints and two log lines (step 6), while it evaluates, and while it saves just before."""
     run_dir = tmp_path / "run"
     codes, text = run_ranks(tmp_path, flags(boards, run_dir, "--checkpoint-interval", 3), ranks, (event, number))
     assert codes == [128 + number] * ranks, text
     assert f"stopped by {number.name} at step {step}" in text and last(run_dir)["step"] == step, text
     codes, text = run_ranks(tmp_path, ["--resume", str(run_dir)], ranks)
     assert codes == [0] * ranks and not same_run(whole("float32", ranks)[0], run_dir), text
-    assert steps_of(run_dir, "val") == [8, 17] and steps_of(run_dir, "train") == [4, 8, 12, 16, 17]
+    assert steps_of(run_dir, "val") == [8, 17] and steps_of(run_dir, "train") == LOGGED
 
 
 def test_one_rank_resumes_two_and_back(tmp_path, boards, whole):
@@ -120,15 +118,17 @@ def test_one_rank_resumes_two_and_back(tmp_path, boards, whole):
         assert codes == [0] * ranks, text
     assert_close(last(run_dir), last(whole()[0]))
     kept = [log_of(d, "train") for d in (run_dir, whole()[0])]
-    assert len(kept[0]) == len(kept[1]) == 5
-    for ours, theirs in zip(*kept):
-        assert abs(ours["train/loss"] - theirs["train/loss"]) < 1e-5, (ours, theirs)
+    assert len(kept[0]) == len(kept[1]) + 2, 'steps 5 and 11, where it was stopped, have a line, too'
+    theirs = {r["step"]: r["train/loss"] for r in kept[1]}
+    for ours in kept[0]:
+        if ours["step"] not in (5, 6, 11, 12):      # means over the same steps
+            assert abs(ours["train/loss"] - theirs[ours["step"]]) < 1e-5, (ours, theirs)
 
 
 def assert_close(a, b, places=1e-4):
     """Two checkpoints of a step: equal rows in every slot, equal tables, weights and states but for rounding."""
     assert a["step"] == b["step"] and a["cursor"] == b["cursor"]
-    for name, x, y in zip(train.Carry._fields, a["carry"], b["carry"]):
+    for name, x, y in zip(model.Carry._fields, a["carry"], b["carry"]):
         near = (x - y).abs().max() < places if x.is_floating_point() else torch.equal(x, y)
         assert near, f"carry.{name}: {unlike(x, y)}"
     for name, x in a["model"].items():
@@ -142,7 +142,7 @@ def test_carry_is_in_global_slot_order(tmp_path, boards, whole, ranks, parts, th
     run_dir = tmp_path / "run"
     codes, text = run_ranks(tmp_path, flags(boards, run_dir, "--grad-accum", parts, "--max-steps", 9), ranks)
     assert codes == [0] * ranks, text
-    saved = train.load_file(whole()[0] / "step_00000009.ckpt")
+    saved = rundir.load_file(whole()[0] / "step_00000009.ckpt")
     assert len(saved["carry"][4].unique(dim=0)) == 8, "the slots must differ for this test to mean anything"
     assert_close(last(run_dir), saved)
     codes, text = run_ranks(tmp_path, ["--resume", str(run_dir), "--grad-accum", str(then_parts)], then_ranks)
@@ -188,7 +188,7 @@ def test_damaged_newest_is_named_and_the_one_before_is_used(stopped, whole, dama
 
 
 def test_no_good_checkpoint_is_refused_by_name(stopped, tmp_path):
-    for path in train.checkpoints(stopped):
+    for path in rundir.checkpoints(stopped):
         altered(path)
     with pytest.raises(UserError, match="step_00000012.ckpt is damaged.*step_00000003.ckpt is damaged"):
         go("--resume", stopped)
@@ -210,65 +210,79 @@ class Evil:
 
 def test_a_checkpoint_can_never_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.save_file(tmp_path / "a.ckpt", {"config": Evil()})
+    rundir.save_file(tmp_path / "a.ckpt", {"config": Evil()})
     with pytest.raises(UserError, match="a.ckpt cannot be read as a checkpoint"):
-        train.load_file(tmp_path / "a.ckpt")
+        rundir.load_file(tmp_path / "a.ckpt")
     assert not (tmp_path / "evil").exists()
 
 
 def test_every_altered_byte_and_every_length_is_refused(tmp_path):
     """A small checkpoint, a bit turned at 300 places and cut at 100."""
     path, bad = tmp_path / "a.ckpt", tmp_path / "bad.ckpt"
-    train.save_file(path, {"config": {"a": 1}, "w": torch.arange(20.0)})
+    rundir.save_file(path, {"config": {"a": 1}, "w": torch.arange(20.0)})
     good, rng = path.read_bytes(), random.Random(0)
     assert torch.equal(torch.load(path, weights_only=True)["w"], torch.arange(20.0)), "plain torch.load reads it"
     for i in sorted({*rng.sample(range(len(good)), 234), *range(len(good) - 66, len(good))}):
         bad.write_bytes(good[:i] + bytes([good[i] ^ 1 << rng.randrange(8)]) + good[i + 1:])
-        with pytest.raises(train.CheckpointError, match="bad.ckpt"):
-            train.load_file(bad)
+        with pytest.raises(UserError, match="bad.ckpt"):
+            rundir.load_file(bad)
             raise AssertionError(f"byte {i} of {len(good)} altered, and it loads")
     for n in rng.sample(range(len(good)), 100):
         bad.write_bytes(good[:n])
-        with pytest.raises(train.CheckpointError, match="bad.ckpt"):
-            train.load_file(bad)
+        with pytest.raises(UserError, match="bad.ckpt"):
+            rundir.load_file(bad)
 
 
-@pytest.mark.parametrize("reaction", ["stop", "continue"])
-def test_disk_full(stopped, whole, reaction, capsys):
+def test_disk_full(stopped, whole):
     """The limit of this process on the size of a file stands for the disk; no checkpoint fits, log lines do."""
     before = {p.name: p.read_bytes() for p in stopped.glob("*.ckpt")}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        if reaction == "stop":
-            with pytest.raises(UserError, match=f"no checkpoint at step 15: make room in {stopped} and --resume"):
-                go("--resume", stopped)
-        else:
-            assert go("--resume", stopped, "--on-save-error", "continue") == 0
+        with pytest.raises(UserError, match=f"no checkpoint at step 15: .*File too large.*make room and --resume {stopped}"):
+            go("--resume", stopped)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "step_00000015.ckpt failed (File too large)" in capsys.readouterr().out
     after = {p.name: p.read_bytes() for p in stopped.glob("*.ckpt*")}
     assert after == before, "the older checkpoints as they were, no rest of a new one"
     assert (stopped / "latest.txt").read_text() == "step_00000012.ckpt\n" and not list(stopped.glob("*.tmp"))
-    assert steps_of(stopped, "train")[-1] == (12 if reaction == "stop" else 17)
     assert go("--resume", stopped) == 0 and not same_run(whole()[0], stopped)
 
 
-def test_full_disk_costs_whole_log_lines(tmp_path, capsys):
-    log = train.Log(tmp_path, train.settings([])[0], 0)
+def test_a_full_disk_that_takes_half_a_log_line_ends_the_run(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        for step in range(5):
-            log.write("train", step, loss=0.123)    # 46 bytes
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    log.write("train", 5, loss=0.123)
-    log.close()
-    assert [r["step"] for r in log_of(tmp_path)] == [0, 1, 5]
-    assert (tmp_path / "log.jsonl").read_bytes().count(b"\n") == 3
-    assert "log.jsonl lost a line of step 2" in capsys.readouterr().out
+    with rundir.Log(tmp_path) as log:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            log.write("train", 0, loss=0.123)    # 46 bytes
+            log.write("train", 1, loss=0.123)
+            with pytest.raises(OSError):
+                log.write("train", 2, loss=0.123)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [r["step"] for r in log_of(tmp_path)] == [0, 1], "the torn line is no record"
+
+
+def test_disk_space_is_looked_at_before_the_run(tmp_path, boards, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    for free, warned in ((1000, True), (10 ** 9, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+        go(*flags(boards, tmp_path / f"{free}", "--max-steps", 1))
+        assert ("less than three checkpoints of" in capsys.readouterr().out) == warned, free
+
+
+def test_two_runs_cannot_write_into_one_folder(tmp_path, boards, stopped):
+    """Neither a second new one nor a second --resume; a lock that a killed run left is taken over."""
+    for folder, argv in ((tmp_path / "run", flags(boards, tmp_path / "run")), (stopped, ["--resume", stopped])):
+        with rundir.Log(folder, keep_to=99):
+            log = (folder / "log.jsonl").read_bytes()
+            with pytest.raises(UserError, match=f"{folder} is being written by pid {os.getpid()} on .*another --run-dir"):
+                go(*argv)
+            codes, text = run_ranks(tmp_path, [str(a) for a in argv])
+            assert codes == [2] and "is being written by pid" in text, text
+            assert (folder / "log.jsonl").read_bytes() == log
+        (folder / "lock").write_text("pid 1 on a machine that is gone\n")
+        assert go(*argv, "--max-steps", 13) == 0
 
 
 def test_keep_last_and_best(tmp_path, boards):
@@ -276,9 +290,9 @@ def test_keep_last_and_best(tmp_path, boards):
     monitor = ["--monitor", "val/lm_loss", "--monitor-mode", "max"]
     argv = flags(boards, tmp_path, "--checkpoint-interval", 3, "--keep-last", 2, *monitor)
     assert go(*argv) == 0
-    assert [p.name for p in train.checkpoints(tmp_path)] == ["step_00000017.ckpt", "step_00000015.ckpt"]
-    best, values = train.load_file(tmp_path / "best.ckpt"), [r["val/lm_loss"] for r in log_of(tmp_path, "val")]
-    assert best["step"] == 8 and best["best"] == max(values) == values[0] == last(tmp_path)["best"]
+    assert [p.name for p in rundir.checkpoints(tmp_path)] == ["step_00000017.ckpt", "step_00000015.ckpt"]
+    best, values = rundir.load_file(tmp_path / "best.ckpt"), [r["val/lm_loss"] for r in log_of(tmp_path, "val")]
+    assert best["step"] == 8 and max(values) == values[0] > values[1]
     assert (tmp_path / "latest.txt").read_text() == "step_00000017.ckpt\n"
 
 
@@ -287,9 +301,9 @@ def test_going_back_leaves_a_consistent_log_and_the_new_checkpoints(stopped, who
     with open(stopped / "log.jsonl", "a") as f:
         f.write('{"event": "train", "step": 99, "train/lo')     # torn by a crash
     assert go("--resume", stopped / "step_00000006.ckpt", "--max-steps", 9, "--keep-last", 1) == 0
-    assert steps_of(stopped, "train") == [4, 8] and steps_of(stopped, "val") == [8, 9]
+    assert steps_of(stopped, "train") == LOGGED[:5] and steps_of(stopped, "val") == [8, 9]
     assert (stopped / "latest.txt").read_text() == "step_00000009.ckpt\n"
-    assert [p.name for p in train.checkpoints(stopped)] == ["step_00000012.ckpt", "step_00000009.ckpt"]
+    assert [p.name for p in rundir.checkpoints(stopped)] == ["step_00000012.ckpt", "step_00000009.ckpt"]
     altered(stopped / "step_00000012.ckpt")     # of the old future: nobody asks for it
     assert go("--resume", stopped) == 0
     assert "resumed from" in capsys.readouterr().out
@@ -299,22 +313,25 @@ def test_going_back_leaves_a_consistent_log_and_the_new_checkpoints(stopped, who
 
 def test_best_checkpoint_resumes(tmp_path, whole):
     shutil.copytree(whole()[0], tmp_path / "run")
-    assert train.load_file(tmp_path / "run/best.ckpt")["step"] == 8
+    assert rundir.load_file(tmp_path / "run/best.ckpt")["step"] == 8
     assert go("--resume", tmp_path / "run/best.ckpt") == 0
     assert not same_run(whole()[0], tmp_path / "run")
 
 
-def test_finished_run_is_scored_again_and_nothing_else(tmp_path, whole, capsys):
+def test_finished_run_says_its_result_again(tmp_path, whole, capsys):
+    """Without a word more, and whatever changes on resume is still taken."""
     shutil.copytree(whole()[0], tmp_path / "run")
-    before = log_of(tmp_path / "run")
-    assert go("--resume", tmp_path / "run") == 0
-    after = log_of(tmp_path / "run")
-    assert not unlike([r for r in before if r["event"] != "start"], [r for r in after if r["event"] != "start"])
+    before = (tmp_path / "run/log.jsonl").read_bytes()
+    assert go("--run-dir", tmp_path / "run", "--preset", "sudoku", "--resume") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(log_of(tmp_path / "run")[-1]["line"] + "\n") and "is finished" in out, out
+    assert (tmp_path / "run/log.jsonl").read_bytes() == before
+    assert go("--resume", tmp_path / "run", "--epochs", 6) == 0 and last(tmp_path / "run")["step"] == 26
 
 
 def test_without_carry_rows_are_fresh(stopped, capsys):
-    content = train.load_file(stopped / "step_00000012.ckpt")
-    train.save_file(stopped / "step_00000012.ckpt", {**content, "carry": None})
+    content = rundir.load_file(stopped / "step_00000012.ckpt")
+    rundir.save_file(stopped / "step_00000012.ckpt", {**content, "carry": None})
     assert go("--resume", stopped) == 0
     assert "it holds no carry: every row begins a new puzzle" in capsys.readouterr().out and last(stopped)["step"] == 17
 
@@ -342,15 +359,20 @@ def test_other_data_is_refused_and_moved_data_is_not(tmp_path, stopped, boards, 
     assert [name.split("[")[0] for name in same_run(whole()[0], stopped)] == ["/data", "/data_test"]
 
 
-def test_the_best_of_another_metric_says_nothing(stopped):
-    assert go("--resume", stopped, "--monitor", "val/lm_loss", "--monitor-mode", "min", "--max-steps", 13) == 0
-    assert last(stopped)["best"] == log_of(stopped, "val")[-1]["val/lm_loss"] > 0 and (stopped / "best.ckpt").exists()
+def test_the_best_is_looked_up_in_the_log(stopped):
+    """By another metric after a resume; the values of the evaluations before count."""
+    assert go("--resume", stopped, "--monitor", "val/lm_loss", "--monitor-mode", "min") == 0
+    best = min(log_of(stopped, "val"), key=lambda r: r["val/lm_loss"])
+    if best["step"] > 12:
+        assert rundir.load_file(stopped / "best.ckpt")["step"] == best["step"]
+    else:       # that file was gone before the resume, and nothing after it was better
+        assert not (stopped / "best.ckpt").exists()
 
 
 def test_a_harmless_change_is_taken_and_logged(stopped, capsys):
     assert go("--resume", stopped, "--lr", 1e-3, "--epochs", 6, "--keep-last", 3, "--seed", 0) == 0
     notes = log_of(stopped, "start")[-1]["notes"]
-    assert notes == [f"changed on resume: {c}" for c in ("epochs 4 -> 6", "keep_last None -> 3", "lr 0.003 -> 0.001")]
+    assert notes == [f"changed on resume: {c}" for c in ("epochs 4 -> 6", "lr 0.003 -> 0.001", "keep_last 99 -> 3")]
     out = capsys.readouterr().out
     assert all(note in out for note in notes), out
     assert last(stopped)["settings"]["lr"] == log_of(stopped, "train")[-1]["train/lr"] == 1e-3
@@ -358,38 +380,30 @@ def test_a_harmless_change_is_taken_and_logged(stopped, capsys):
 
 
 def test_where_a_run_is_found(tmp_path, boards, monkeypatch, capsys):
-    """--resume alone, a moved run, one with a --checkpoint-path, a branch; and a folder that holds a run already."""
+    """--resume alone, with --run-dir, a moved run, a branch; and a folder that holds a run already."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--resume: no run with a checkpoint in runs/sudoku-.*; name a run folder"):
         go("--preset", "sudoku", "--resume")
     base = [f for f in flags(boards, "") if f not in ("--run-dir", "")]
     for name in ("first", "second"):
-        folders = ["--run-dir", f"runs/sudoku-{name}", "--checkpoint-path", f"elsewhere/{name}"]
-        assert go(*base, *folders, "--max-steps", 3) == 0
-    with pytest.raises(UserError, match="elsewhere/second holds the checkpoints of a run; go on with --resume else"):
-        go(*base, "--checkpoint-path", "elsewhere/second")
+        assert go(*base, "--run-dir", f"runs/sudoku-{name}", "--resume", "--max-steps", 3) == 0, "begins"
+    with pytest.raises(UserError, match="runs/sudoku-second holds the checkpoints of a run; go on with --resume runs"):
+        go(*base, "--run-dir", "runs/sudoku-second")
     assert go("--preset", "sudoku", "--resume", "--max-steps", 5) == 0
-    assert last("elsewhere/second")["step"] == 5 and last("elsewhere/first")["step"] == 3
-    assert len(log_of("runs/sudoku-second", "start")) == 2 and (tmp_path / "elsewhere/second/latest.txt").exists()
+    assert last("runs/sudoku-second")["step"] == 5 and last("runs/sudoku-first")["step"] == 3
+    assert len(log_of("runs/sudoku-second", "start")) == 2
+    assert go(*base, "--run-dir", "runs/sudoku-second", "--resume", "--max-steps", 6) == 0, "goes on"
+    assert last("runs/sudoku-second")["step"] == 6
     assert go("--resume", "runs/sudoku-first", "--run-dir", "runs/branch", "--max-steps", 5) == 0
-    assert last("runs/branch")["step"] == 5 and last("elsewhere/first")["step"] == 3
+    assert last("runs/branch")["step"] == 5 and last("runs/sudoku-first")["step"] == 3
     assert len(log_of("runs/sudoku-first", "start")) == 1
     shutil.move("runs/branch", "moved")
     assert go("--resume", "moved", "--max-steps", 6) == 0
     assert last("moved")["step"] == 6 and steps_of("moved", "start") == [3, 5] and not Path("runs/branch").exists()
 
 
-def test_torchrun_restart_finds_its_own_run(tmp_path, boards, monkeypatch):
-    """TORCHELASTIC_* as torchrun sets them; test_distributed.py does it for real."""
-    monkeypatch.chdir(tmp_path)
-    base = [f for f in flags(boards, "") if f not in ("--run-dir", "")]
-    for job, steps in (("mine", 3), ("other", 4)):
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
-        assert go(*base, "--max-steps", steps) == 0
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
-    args, checkpoint, notes = train.settings([*base, "--max-steps", "9"])
-    assert checkpoint["step"] == 3 and args.resume.startswith("runs/") and args.max_steps == 9
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a new one that died before it saved")
-    assert train.settings(base)[1] is None
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")   # static rendezvous, no id: only a restart may look for it
-    assert train.settings(base)[1] is None
+def test_torchrun_restarts_need_a_folder_to_go_on_with(boards, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    with pytest.raises(UserError, match="--max-restarts would begin anew after a failure: add --run-dir DIR --resume"):
+        train.settings(flags(boards, "x"), ALONE)
+    assert train.settings([*flags(boards, "x"), "--resume"], ALONE)[1] is None

@@ -1,9 +1,10 @@
-"""eval.py --solve: reading puzzles, the rules, the board on the terminal, pictures, test-time training on an ARC task."""
+"""solve.py: reading puzzles, the rules, the terminal, pictures, test-time training on an ARC task."""
 import io
 import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,20 +12,53 @@ import torch
 from PIL import Image
 
 import eval as scoring
-from data import Split, UserError, write_dataset
-from model import Config
+import solve
+import vote
+from common import UserError
+from data import Split, write_dataset
+from model import row_scores
 from prepare import arc, maze, sudoku
-from test_eval import ALONE, ARC_CFG, TINY, Oracle, arc_dir, arc_model, boards, model_of, png_width, save_run
+from runs import ARC_CFG, TINY, Oracle, arc_dir, arc_model, boards, model_of, png_width, save_run
 
-MAZE_CFG = replace(TINY, vocab_size=6, seq_len=100, halt_max_steps=3)
+SIDE = 6
+MAZE_CFG = replace(TINY, vocab_size=6, seq_len=SIDE ** 2, halt_max_steps=3)
+QUESTION, ANSWER = (b[0] for b in boards(1, seed=3))
+
+
+def text_of(board):
+    return "".join(".123456789"[t - 1] for t in board)
+
+
+TEXT = text_of(QUESTION)
+ROWS = [TEXT[i:i + 4] for i in range(0, 16, 4)]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run on 4x4 boards whose dataset is gone: solving needs none."""
     folder = tmp_path_factory.mktemp("solve")
-    write_dataset(folder / "d", {"train": boards(4), "test": boards(4)}, 6, {})
+    write_dataset(folder / "d", {"train": boards(4), "test": boards(4)}, 6, {"builder": "sudoku"})
     return save_run(folder / "run", Split(folder / "d", "test"), model_of(), data_test=["gone"])
+
+
+@pytest.fixture(scope="module")
+def maze_run(tmp_path_factory):
+    """A run on 6x6 mazes, and one of them."""
+    folder = tmp_path_factory.mktemp("maze")
+    question, answer = maze.make_maze(np.random.RandomState(0), SIDE, 3)[:2]
+    pair = question[None], answer[None]
+    write_dataset(folder / "d", {"train": pair, "test": pair}, 6, {"builder": "maze"})
+    return save_run(folder / "run", Split(folder / "d", "test"), model_of(MAZE_CFG)), question, answer
+
+
+@pytest.fixture(scope="module")
+def arc_split(tmp_path_factory):
+    return Split(arc_dir(tmp_path_factory.mktemp("arc")), "test")
+
+
+@pytest.fixture(scope="module")
+def arc_run(tmp_path_factory, arc_split):
+    return save_run(tmp_path_factory.mktemp("arc") / "run", arc_split, arc_model(arc_split))
 
 
 @pytest.fixture
@@ -32,97 +66,179 @@ def oracle(monkeypatch):
     monkeypatch.setattr(scoring, "build", lambda cfg, state: Oracle(cfg))
 
 
-def text_of(board):
-    return "".join(".123456789"[t - 1] for t in board)
-
-
-def solve(run, capsys, *flags, code=0):
-    found = scoring.main(["--checkpoint", str(run), "--device", "cpu", *flags])
+def go(run, puzzle, *flags, code=0, capsys=None):
+    """What solve.py prints."""
+    found = solve.main(["--checkpoint", str(run), "--device", "cpu", *map(str, flags), str(puzzle)])
     printed = capsys.readouterr().out
     assert found == code, printed
+    assert max(map(len, printed.splitlines())) <= 80, printed
     return printed
 
 
-QUESTION, ANSWER = (b[0] for b in boards(1, seed=3))
+def refused(run, puzzle, *flags):
+    """The line that solve.py refuses with."""
+    with pytest.raises(UserError) as error:
+        solve.main(["--checkpoint", str(run), "--device", "cpu", *flags, str(puzzle)])
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
+
+# ---------------------------------------------------------------------------------------------
+# Sudokus
 
 def test_sudoku_is_solved_and_checked_by_the_rules(run, oracle, capsys):
-    printed = solve(run, capsys, "--solve", text_of(QUESTION))
-    lines = printed.splitlines()
-    digits = text_of(ANSWER)
-    assert lines[0].split() == ["question", "answer"]
-    shown = ["".join(c for c in line[13:] if c.isdigit()) for line in lines[1:6] if "+" not in line]
-    assert "".join(shown) == digits, printed
-    assert "RIGHT: the answer is a legal Sudoku that keeps the givens" in printed
-    assert f"last changed at step {Oracle.needs(None, QUESTION)}" in printed and "q_halt +3.00" in printed
-    assert "\033" not in printed and max(map(len, lines)) <= 80
-    halted = solve(run, capsys, "--solve", text_of(QUESTION).replace(".", "0"), "--halt")
+    printed = go(run, TEXT, capsys=capsys)
+    question, answer, verdict = printed.split("\n\n")
+    for title, shown, board in (("question", question, QUESTION), ("answer", answer, ANSWER)):
+        assert shown.splitlines()[0] == title
+        assert "".join(c for c in shown if c.isdigit() or c == ".") == text_of(board), printed
+    assert verdict.startswith("RIGHT: the answer is a legal Sudoku that keeps the givens\n"), printed
+    assert f"last changed at step {Oracle.needs(None, QUESTION)}\n" in verdict and "q_halt +3.00" in verdict
+    assert "\033" not in printed
+    halted = go(run, TEXT, "--halt", capsys=capsys)
     assert f"steps {Oracle.needs(None, QUESTION)}, " in halted
 
 
-def test_file_and_stdin(run, oracle, capsys, tmp_path, monkeypatch):
-    rows = "\n".join(" ".join(text_of(QUESTION)[i:i + 4]) for i in range(0, 16, 4)) + "\n"
-    (tmp_path / "board.txt").write_text(rows)
-    assert "RIGHT" in solve(run, capsys, "--solve", str(tmp_path / "board.txt"))
-    monkeypatch.setattr(sys, "stdin", io.StringIO(rows))
-    assert "RIGHT" in solve(run, capsys, "--solve", "-")
-
-
 def test_wrong_answers_are_told_without_a_label(run, capsys):
-    printed = solve(run, capsys, "--solve", text_of(QUESTION), code=1)
-    assert "WRONG: the answer is not a legal Sudoku" in printed and "cells break the rules" in printed
+    printed = go(run, TEXT, code=1, capsys=capsys)
+    assert "WRONG: the answer is not a legal Sudoku" in printed
+    assert re.search(r"\n\d+ cells break the rules\n", printed), printed
 
 
 @pytest.mark.parametrize("flags", [("--augment", "6"), ("--rollouts", "4", "--noise", "0.01")])
 def test_more_compute_for_one_puzzle(run, oracle, capsys, flags):
-    assert "RIGHT" in solve(run, capsys, "--solve", text_of(QUESTION), *flags)
+    assert "RIGHT" in go(run, TEXT, *flags, capsys=capsys)
+
+
+def test_file_and_stdin(run, oracle, capsys, tmp_path, monkeypatch):
+    (tmp_path / "board.txt").write_text("\n".join(" ".join(row) for row in ROWS) + "\n")
+    assert "RIGHT" in go(run, tmp_path / "board.txt", capsys=capsys)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(ROWS)))
+    assert "RIGHT" in go(run, "-", capsys=capsys)
+
+
+WRITTEN = {
+    "zeros": TEXT.replace(".", "0"), "stars": TEXT.replace(".", "*"), "questions": TEXT.replace(".", "?"),
+    "underscores": TEXT.replace(".", "_"), "x": TEXT.replace(".", "x"), "X": TEXT.replace(".", "X"),
+    "rows": "\n".join(ROWS) + "\n", "crlf": "\r\n".join(ROWS) + "\r\n", "bom": "\ufeff" + TEXT + "\r\n",
+    "commas": ",".join(TEXT.replace(".", "0")), "semicolons": ";".join(TEXT),
+    "tabs": "\n".join("\t".join(r) for r in ROWS),
+    "json": json.dumps([[int(c) for c in row.replace(".", "0")] for row in ROWS]),
+    "numpy": str(np.array([list(map(int, row.replace(".", "0"))) for row in ROWS])),
+    "drawn": "+--+--+\n" + "\n".join(f"| {r[0]} {r[1]} | {r[2]} {r[3]} |" for r in ROWS) + "\n+--+--+",
+    "dashes": TEXT.replace(".", "-"), "spaces": "\n".join(row.replace(".", " ").rstrip() for row in ROWS),
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_a_sudoku_may_be_written_in_many_ways(how, tmp_path):
+    text = WRITTEN[how]
+    assert np.array_equal(solve.read_sudoku(solve.read_text(text), 4), QUESTION)
+    (tmp_path / "file").write_bytes(text.encode())
+    assert np.array_equal(solve.read_sudoku(solve.read_text(str(tmp_path / "file")), 4), QUESTION)
 
 
 @pytest.mark.parametrize("text, message", [
-    ("123", "3 cells in the puzzle; this checkpoint solves sudokus of 4 x 4 cells"),
-    ("5" * 16, "character '5' in the puzzle"), ("x" * 16, "character 'x'")])
+    ("123", "3 cells in the puzzle; this checkpoint solves sudokus of 4 x 4 cells: 1234, or . for"),
+    ("5" * 16, "character '5' in the puzzle"), ("aa", "character 'a'"), (TEXT + "1", "17 cells"),
+    ("", "the puzzle is empty (a shell variable that is not set?)"), (" \n", "the puzzle is empty"),
+    ("nowhere/board.txt", "nowhere/board.txt: file not found; name a file, text, or -"),
+    ("board.txt", "board.txt: file not found"), ("board", "board: file not found"),
+    ("c:\\puzzle", "file not found"), (str(Path(__file__).parent), "file not found")])
 def test_bad_puzzles_are_one_line(run, text, message):
-    with pytest.raises(UserError, match=message) as error:
-        scoring.main(["--checkpoint", str(run), "--solve", text])
-    assert "\n" not in str(error.value)
+    assert message in refused(run, text)
+
+
+def test_bad_files_are_one_line(run, tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    assert "the puzzle is empty" in refused(run, tmp_path / "empty")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe1\0")
+    assert "binary is no text in UTF-8" in refused(run, tmp_path / "binary")
 
 
 def test_rule_breakers_are_the_cells_that_clash():
     for size in sudoku.BOX:
         question, answer = sudoku.make_puzzle(np.random.RandomState(size), size)[:2]
-        assert not scoring.rule_breakers("sudoku", question, answer, size).any()
+        assert not solve.rule_breakers("sudoku", question, answer, size).any()
         i, j = np.flatnonzero(answer[:size] != answer[0])[:2]       # two cells of the first row
         broken = answer.copy()
         broken[i] = broken[j]
-        bad = scoring.rule_breakers("sudoku", question, broken, size)
+        bad = solve.rule_breakers("sudoku", question, broken, size)
         assert bad[i] and bad[j] and bad.sum() <= 5 and not sudoku.check(question, broken, size)
         given = np.flatnonzero(question > 1)[0]
         broken = answer.copy()
         broken[given] = 1
-        assert scoring.rule_breakers("sudoku", question, broken, size)[given]
+        assert solve.rule_breakers("sudoku", question, broken, size)[given]
+
+
+# ---------------------------------------------------------------------------------------------
+# Which task, and which flags make sense for it
+
+def test_the_kind_comes_from_recipe_known_weights_or_flag(run, oracle, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = torch.load(run / "step_00000010.ckpt", weights_only=True)
+    split = type("Nothing", (), {"identity": "", "recipe": [None], "dirs": []})
+    unknown = save_run(tmp_path / "unknown", split, model_of())
+    assert "recipe" in content and "does not say what its boards are; add --task" in refused(unknown, TEXT)
+    assert "RIGHT" in go(unknown, TEXT, "--task", "sudoku", capsys=capsys)
+    assert "are no Sudoku, maze or ARC task" in refused(unknown, TEXT, "--task", "arc")
+    assert "--task maze: this checkpoint is of another task, sudoku" in refused(run, TEXT, "--task", "maze")
+    file = unknown / "step_00000010.ckpt"
+    monkeypatch.setattr(scoring.hub, "fetch", lambda name, world: (file, {}, "sudoku"))
+    assert solve.main(["--hf", "someone/sudoku", "--device", "cpu", TEXT]) == 0
+    assert "RIGHT" in capsys.readouterr().out
+
+
+def test_other_tasks_are_refused(tmp_path):
+    rng = np.random.RandomState(0)
+    inputs, targets = (rng.randn(9, 16, dim).astype(np.float32) for dim in (2, 1))
+    arrays = inputs, targets, np.ones((9, 16), bool)
+    write_dataset(tmp_path / "numbers", {"train": arrays, "test": arrays})
+    cfg = replace(TINY, vocab_size=0, input_dim=2, target_dim=1)
+    run = save_run(tmp_path / "run", Split(tmp_path / "numbers", "test"), model_of(cfg))
+    assert "this checkpoint is of another task" in refused(run, "123")
+
+
+@pytest.mark.parametrize("which, flags, message", [
+    ("sudoku", ["--adapt", "3"], "--adapt does nothing for sudoku puzzles"),
+    ("sudoku", ["--adapt-all"], "--adapt-all does nothing for sudoku puzzles"),
+    ("maze", ["--adapt", "3"], "--adapt does nothing for maze puzzles"),
+    ("maze", ["--augment", "8"], "--augment 8: a maze has 7 symmetric copies"),
+    ("arc", ["--halt"], "--halt does nothing for arc puzzles"),
+    ("arc", ["--rollouts", "2", "--noise", "1"], "--rollouts does nothing for arc puzzles"),
+    ("arc", ["--adapt-all"], "--adapt-all does nothing without --adapt"),
+    ("sudoku", ["--halt-threshold", "1"], "--halt-threshold does nothing without --halt"),
+    ("sudoku", ["--steps", "0"], "--steps: 0 is out of range"),
+    ("arc", ["--adapt", "0"], "--adapt: 0 is out of range")])
+def test_flags_that_do_nothing_are_refused(run, maze_run, arc_run, which, flags, message):
+    assert message in refused({"sudoku": run, "maze": maze_run[0], "arc": arc_run}[which], TEXT, *flags)
 
 
 # ---------------------------------------------------------------------------------------------
 # Colours, pictures
 
-def test_terminal_is_coloured_only_on_a_terminal(monkeypatch):
-    boards = {"sudoku": (ANSWER.reshape(4, 4), (QUESTION > 1).reshape(4, 4), np.eye(4, dtype=bool)),
-              "maze": (np.arange(1, 6)[None], None, np.zeros((1, 5), bool)), "arc": (np.arange(10)[None], None, np.zeros((1, 10), bool))}
-    plain = {kind: scoring.terminal(kind, *board) for kind, board in boards.items()}
-    assert plain["sudoku"][2] == "----+-----"[:len(plain["sudoku"][2])] and plain["maze"] == ["# SGo"] and plain["arc"] == ["0123456789"]
+def test_terminal_is_coloured_only_on_a_terminal(monkeypatch, capsys):
+    shown = {"sudoku": (ANSWER.reshape(4, 4), QUESTION > 1, np.eye(4, dtype=bool)),
+             "maze": (np.arange(1, 6)[None],), "arc": (np.arange(10)[None],)}
+
+    def lines():
+        found = {}
+        for kind, board in shown.items():
+            solve.show("title", kind, *board)
+            title, *found[kind], blank = capsys.readouterr().out.splitlines()
+            assert (title, blank) == ("title", "")
+        return found
+    plain = lines()
+    digits = [text_of(row) for row in ANSWER.reshape(4, 4)]
+    assert plain["sudoku"][1] == f"{digits[1][0]} {digits[1][1]} | {digits[1][2]} {digits[1][3]}"
+    assert plain["sudoku"][2] == "----+-----"
+    assert plain["maze"] == ["# SGo"] and plain["arc"] == ["0123456789"]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    coloured = {kind: scoring.terminal(kind, *board) for kind, board in boards.items()}
-    bare = [re.sub("\033.*?m", "", line) for line in coloured["sudoku"]]
+    coloured = lines()
+    bare = [re.sub("\033.*?m", "", line).rstrip() for line in coloured["sudoku"]]
     assert bare == plain["sudoku"] and coloured["sudoku"][0].count("\033[41;97m") == 1
-    assert len(set(re.findall("\033.*?m", coloured["arc"][0]))) == 11 and coloured["maze"][0].count("\033[48;5;") == 5
-
-
-def test_large_boards_stand_below_each_other_in_80_columns(capsys):
-    scoring.side_by_side([("a", ["x" * 30] * 2), ("b", ["y" * 30] * 2)])
-    side = capsys.readouterr().out.splitlines()
-    scoring.side_by_side([("a", ["x" * 60] * 2), ("b", ["y" * 60] * 2)])
-    below = capsys.readouterr().out.splitlines()
-    assert side[1] == "x" * 30 + "    " + "y" * 30 and len(below) == 8 and max(map(len, side + below)) <= 80
+    assert len(set(re.findall("\033.*?m", coloured["arc"][0]))) == 11
+    assert coloured["maze"][0].count("\033[48;5;") == 5
 
 
 def frames(path):
@@ -131,87 +247,125 @@ def frames(path):
 
 
 def test_gif_and_png(run, oracle, capsys, tmp_path):
-    solve(run, capsys, "--solve", text_of(QUESTION), "--gif", str(tmp_path / "a.gif"), "--png", str(tmp_path / "a.png"))
-    assert png_width(tmp_path / "a.png") == 1200
+    go(run, TEXT, "--gif", tmp_path / "a.gif", "--png", tmp_path / "a.png", capsys=capsys)
     n, width = frames(tmp_path / "a.gif")
-    assert n >= 2 and width == 1200     # equal frames are merged
+    assert png_width(tmp_path / "a.png") == 1200 and n >= 2 and width == 800     # equal frames are merged
+    assert (tmp_path / "a.gif").stat().st_size < 300_000
 
 
 # ---------------------------------------------------------------------------------------------
 # Mazes
 
-def test_maze_from_a_text_file(tmp_path, capsys, monkeypatch):
-    question, answer = maze.make_maze(np.random.RandomState(0), 10, 5)[:2]
-    text = "\n".join("".join(" # SGo"[t] for t in row).rstrip() for row in question.reshape(10, 10)) + "\n"
-    (tmp_path / "maze.txt").write_text(text)
-    write_dataset(tmp_path / "d", {s: (question[None], answer[None]) for s in ("train", "test")}, 6, {})
-    run = save_run(tmp_path / "run", Split(tmp_path / "d", "test"), model_of(MAZE_CFG))
-    assert "WRONG: the answer is not a shortest path from S to G" in solve(run, capsys, "--solve", str(tmp_path / "maze.txt"), code=1)
+def maze_text(board, end="\n"):
+    return end.join("".join(" # SGo"[t] for t in row).rstrip() for row in board.reshape(SIDE, SIDE)) + end
+
+
+def test_maze_from_a_text_file(maze_run, tmp_path, capsys, monkeypatch):
+    run, question, answer = maze_run
+    (tmp_path / "maze.txt").write_text(maze_text(question))
+    printed = go(run, tmp_path / "maze.txt", code=1, capsys=capsys)
+    assert "WRONG: the answer is not a shortest path from S to G" in printed
 
     def think(model, inputs, ids, steps, *noise):
         for step in range(steps):
-            board = answer if step else question
-            yield torch.nn.functional.one_hot(torch.from_numpy(board[None]).long(), 6).float(), torch.full((1, 2), float(step))
-    monkeypatch.setattr(scoring, "think", think)
-    printed = solve(run, capsys, "--solve", str(tmp_path / "maze.txt"), "--png", str(tmp_path / "m.png"))
+            board = torch.from_numpy((answer if step else question)[None]).long()
+            yield torch.nn.functional.one_hot(board, 6).float(), torch.full((1, 2), float(step))
+    monkeypatch.setattr(solve, "think", think)
+    printed = go(run, tmp_path / "maze.txt", "--png", tmp_path / "m.png", capsys=capsys)
     assert "RIGHT: the answer is a shortest path" in printed and "last changed at step 2" in printed
-    assert printed.splitlines()[1].startswith("#" * 10) and png_width(tmp_path / "m.png") == 1200
+    assert printed.splitlines()[1] == "#" * SIDE and png_width(tmp_path / "m.png") == 1200
+
+
+@pytest.mark.parametrize("how", ["lf", "crlf", "bom", "dots", "one line"])
+def test_a_maze_may_be_written_in_many_ways(maze_run, how):
+    question = maze_run[1]
+    text = maze_text(question)
+    text = {"lf": text, "crlf": "\r\n" + maze_text(question, "\r\n"), "bom": "\ufeff" + text,
+            "dots": text.replace(" ", "."), "one line": "".join(" # SG"[t] for t in question)}[how]
+    assert np.array_equal(solve.read_maze(solve.read_text(text), SIDE), question)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda text: text.replace("S", " "), "the maze has 0 S and 1 G; give one of each"),
+    (lambda text: text.replace("#", "%", 1), "character '%' in the puzzle; this checkpoint solves mazes"),
+    (lambda text: text + "######\n", "42 cells in the puzzle")])
+def test_bad_mazes_are_one_line(maze_run, change, message):
+    run, question, _ = maze_run
+    assert message in refused(run, change(maze_text(question)))
 
 
 # ---------------------------------------------------------------------------------------------
 # ARC tasks
 
-TASK = {"train": [{"input": [[1, 0], [0, 0]], "output": [[0, 1], [0, 0]]}, {"input": [[0, 2], [0, 0]], "output": [[2, 0], [0, 0]]},
+TASK = {"train": [{"input": [[1, 0], [0, 0]], "output": [[0, 1], [0, 0]]},
+                  {"input": [[0, 2], [0, 0]], "output": [[2, 0], [0, 0]]},
                   {"input": [[0, 0], [3, 0]], "output": [[0, 0], [0, 3]]}],
         "test": [{"input": [[0, 0], [0, 4]], "output": [[0, 0], [4, 0]]}, {"input": [[5, 0], [0, 0]]}]}
 
 
 def write_task(folder, task=TASK, name="flip"):
     (folder / f"{name}.json").write_text(json.dumps(task))
-    return str(folder / f"{name}.json")
+    return folder / f"{name}.json"
 
 
-def test_unknown_task_is_answered_from_the_mean_row(tmp_path, arc_dir, capsys):
-    split = Split(arc_dir, "test")
-    run = save_run(tmp_path / "run", split, arc_model(split))
-    printed = solve(run, capsys, "--solve", write_task(tmp_path), "--augment", "2", "--gif", str(tmp_path / "t.gif"), "--png",
-                    str(tmp_path / "t.png"), code=1)
-    assert "has no row in the checkpoint's table" in printed and "of 3 votes" in printed and "test input 1:" in printed
-    assert printed.count("WRONG") == 1 and png_width(tmp_path / "t.png") == 1200 and frames(tmp_path / "t.gif")[1] == 1200
+def test_unknown_task_is_answered_from_the_mean_row(tmp_path, arc_run, capsys):
+    pictures = ["--gif", tmp_path / "t.gif", "--png", tmp_path / "t.png"]
+    printed = go(arc_run, write_task(tmp_path), "--augment", "2", *pictures, code=1, capsys=capsys)
+    assert "flip has no row in the checkpoint's table" in printed and "of 3 votes" in printed
+    assert "test input 1:" in printed and printed.count("WRONG") == 1
+    assert png_width(tmp_path / "t.png") == 1200 and frames(tmp_path / "t.gif")[1] == 800
 
 
-def test_known_task_uses_its_rows(tmp_path, arc_dir, capsys, monkeypatch):
-    split = Split(arc_dir, "test")
-    run = save_run(tmp_path / "run", split, arc_model(split))
-    task = json.loads((arc_dir / "test_puzzles.json").read_text())["task1"]
+def test_the_voted_answer_is_told_right(tmp_path, arc_run, capsys, monkeypatch):
+    """Predictions that are the target in every copy; the second test input has none."""
+    flipped = {vote.grid_key(e["input"]): np.array(e.get("output", [[7]]), np.uint8) for e in TASK["test"]}
+
+    def thoughts(model, inputs, ids, steps):
+        examples = [tuple(np.array(e[k], np.uint8) for k in ("input", "output")) for e in TASK["train"]]
+        copies = arc.augmentations(examples, 2, np.random.RandomState(0))
+        given = [arc.undo(arc.decode(row), *aug) for row, aug in zip(inputs, copies)]
+        targets = [flipped[vote.grid_key(grid)] for grid in given]
+        right = np.stack([arc.encode(arc.augment(t, *aug)) for t, aug in zip(targets, copies)])
+        return np.stack([np.zeros_like(right), right]), np.zeros((2, len(right)))
+    monkeypatch.setattr(solve, "thoughts", thoughts)
+    printed = go(arc_run, write_task(tmp_path), "--augment", "2", capsys=capsys)
+    assert "RIGHT: steps 2" in printed and printed.count("3 of 3 votes") == 2 and "WRONG" not in printed
+    assert "answer\n00\n40\n\ntarget\n00\n40\n" in printed and "answer\n7\n" in printed, printed
+
+
+def test_known_task_uses_its_rows(tmp_path, arc_split, arc_run, capsys, monkeypatch):
+    task = json.loads((arc_split.dirs[0] / "test_puzzles.json").read_text())["task1"]
     asked, think = [], scoring.think
-    monkeypatch.setattr(scoring, "think", lambda model, inputs, ids, *rest: asked.append((inputs.numpy(), ids.tolist())) or
-                        think(model, inputs, ids, *rest))
-    printed = solve(run, capsys, "--solve", write_task(tmp_path, task, "task1"), "--augment", "2", code=1)
+
+    def watched(model, inputs, ids, *rest):
+        asked.append((inputs.numpy(), ids.tolist()))
+        return think(model, inputs, ids, *rest)
+    monkeypatch.setattr(scoring, "think", watched)
+    printed = go(arc_run, write_task(tmp_path, task, "task1"), "--augment", "2", code=1, capsys=capsys)
     assert "mean row" not in printed
-    names = [split.names[i] for i in asked[0][1]]
+    names = [arc_split.names[i] for i in asked[0][1]]
     assert names[0] == "task1" and len(names) == 3 and all(n.split("|||")[0] == "task1" for n in names)
-    of_dataset = [split.gather(np.array([i]))[0][0] for i in range(len(split)) if split.gather(np.array([i]))[2][0] in asked[0][1]]
+    rows = [arc_split.gather(np.array([i])) for i in range(len(arc_split))]
+    of_dataset = [inputs[0] for inputs, _, ids in rows if ids[0] in asked[0][1]]
     assert all(any(np.array_equal(row, known) for known in of_dataset) for row in asked[0][0])
 
 
 def demonstration_loss(model):
     """Mean loss of the demonstrations as they are, after 4 steps."""
-    inputs, labels = (torch.from_numpy(np.stack([arc.encode(np.array(e[k])) for e in TASK["train"]]).astype(np.int32))
-                      for k in ("input", "output"))
-    for logits, _ in scoring.think(model, inputs, torch.zeros(3, dtype=torch.int32), 4):
-        pass
-    return scoring.score_rows(model.cfg, logits, torch.where(labels == 0, -100, labels))[0].mean().item()
+    rows = [[arc.encode(np.array(e[k])) for e in TASK["train"]] for k in ("input", "output")]
+    inputs, labels = torch.from_numpy(np.array(rows, np.int32))
+    logits, _ = scoring.last_thought(model, inputs, torch.zeros(3, dtype=torch.int32), 4)
+    return row_scores(model.cfg, logits, torch.where(labels == 0, -100, labels)).loss.mean().item()
 
 
 @pytest.mark.parametrize("flags", [[], ["--adapt-all"]])
-def test_adapting_trains_a_row_or_all(tmp_path, arc_dir, capsys, monkeypatch, flags):
-    split = Split(arc_dir, "test")
-    cfg = replace(ARC_CFG, num_puzzles=split.meta["num_puzzle_identifiers"], halt_max_steps=4)
-    run = save_run(tmp_path / "run", split, model_of(cfg))
-    kept, build = [], scoring.build
-    monkeypatch.setattr(scoring, "build", lambda *a: kept.append(build(*a)) or kept[0])
-    solve(run, capsys, "--solve", write_task(tmp_path), "--adapt", "16", "--augment", "1", "--batch-size", "4", *flags, code=1)
+def test_adapting_trains_a_row_or_all(tmp_path, arc_split, capsys, monkeypatch, flags):
+    cfg = replace(ARC_CFG, num_puzzles=arc_split.meta["num_puzzle_identifiers"], halt_max_steps=4)
+    run = save_run(tmp_path / "run", arc_split, model_of(cfg))
+    kept, adapt = [], solve.adapt
+    monkeypatch.setattr(solve, "ADAPT_ROWS", 4)
+    monkeypatch.setattr(solve, "adapt", lambda *args: kept.append(adapt(*args)) or kept[0])
+    go(run, write_task(tmp_path), "--adapt", "16", "--augment", "1", *flags, code=1, capsys=capsys)
     (model,), before = kept, model_of(cfg)
     before.puzzle_emb = before.puzzle_emb.mean(0).repeat(2, 1)
     same = [torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters())]
@@ -221,11 +375,17 @@ def test_adapting_trains_a_row_or_all(tmp_path, arc_dir, capsys, monkeypatch, fl
 
 
 @pytest.mark.parametrize("text, message", [
-    ("[1]", "no ARC task"), ('{"train": [], "tes": []}', "no ARC task"), ("nonsense", "no ARC task"),
-    (json.dumps({"train": [{"input": [[11]], "output": [[1]]}], "test": [{"input": [[1]]}]}), "colour 11, outside 0..9")])
-def test_bad_tasks_are_one_line(tmp_path, arc_dir, text, message):
-    split = Split(arc_dir, "test")
-    run = save_run(tmp_path / "run", split, arc_model(split))
-    with pytest.raises(UserError, match=message) as error:
-        scoring.main(["--checkpoint", str(run), "--solve", text])
-    assert "\n" not in str(error.value)
+    ("[1]", "the task has null as train examples"),
+    ('{"train": [1], "test": []}', "the task has [1] as train examples"),
+    (json.dumps({**TASK, "test": []}), "the task has [] as test examples"), ("{nonsense", "no ARC task"),
+    (json.dumps(TASK) + "]", "as --help shows it: Extra data"), ("[" * 100_000, "no ARC task"),
+    ("missing.json", "missing.json: file not found"), ("", "the puzzle is empty"),
+    (json.dumps({**TASK, "test": [{"input": [[11]]}]}), "input of test example 0 is [[11]], not a grid"),
+    (json.dumps({**TASK, "test": [{"input": [[1]], "output": [[1], []]}]}), "output of test example 0 is")])
+def test_bad_tasks_are_one_line(arc_run, text, message):
+    assert message in refused(arc_run, text)
+
+
+def test_a_task_file_may_have_a_bom(tmp_path, arc_run, capsys):
+    (tmp_path / "flip.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(TASK).replace(", ", ",\r\n").encode())
+    assert "test input 1:" in go(arc_run, tmp_path / "flip.json", code=1, capsys=capsys)

@@ -1,0 +1,113 @@
+"""The known datasets, one row each; `python -m prepare NAME ...` builds those that are absent.
+
+The builders are prepare/sudoku.py, maze.py and arc.py, each a script of its own; boards.py is what the first
+two share.
+"""
+import importlib
+import os
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from common import UserError
+
+HERE = Path(__file__).resolve().parent
+ARC2 = ("--subsets", "training2", "evaluation2", "concept", "--test-set-name", "evaluation2")
+
+
+class Dataset(NamedTuple):
+    """A dataset that a preset trains on, or that published weights are for."""
+    folder: str
+    builder: str            # prepare/BUILDER.py
+    flags: tuple            # of the builder, but for --output-dir
+    shape: dict             # what dataset.json will say, for estimates and benchmarks without the data
+
+    @property
+    def generated(self):
+        """Needs no network, so that whoever lacks it may build it unasked."""
+        return "generate" in self.flags
+
+
+def shape(vocab_size, seq_len, rows=1, groups=1000, examples=1.0):
+    """rows: of the puzzle table, with the blank one. examples: mean number of a puzzle, in training."""
+    return dict(vocab_size=vocab_size, seq_len=seq_len, num_puzzle_identifiers=rows, total_groups=groups,
+                mean_puzzle_examples=examples)
+
+
+KNOWN = {
+    "mini": Dataset("data/sudoku-6x6-mini", "sudoku",
+                    ("--source", "generate", "--size", "6", "--num-aug", "1000"), shape(8, 36)),
+    "sudoku": Dataset("data/sudoku-extreme-1k-aug-1000", "sudoku",
+                      ("--subsample-size", "1000", "--num-aug", "1000"), shape(11, 81)),
+    "maze": Dataset("data/maze-30x30-hard-1k", "maze", (), shape(6, 900)),
+    "arc1": Dataset("data/arc1concept-aug-1000", "arc", (), shape(12, 900, 876_406, 960, 4.1458)),
+    "arc2": Dataset("data/arc2concept-aug-1000", "arc", ARC2, shape(12, 900, 1_191_730, 1280, 4.354)),
+}
+
+
+def known(folder):
+    """The Dataset that lies in a folder of this name, wherever it is, or None."""
+    return next((d for d in KNOWN.values() if Path(d.folder).name == Path(folder).name), None)
+
+
+def command(builder, flags, folder):
+    """The whole command that builds `folder`, to paste in the present working directory."""
+    script = HERE / f"{builder}.py"
+    script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    return shlex.join(["python", str(script), *flags, "--output-dir", str(folder)])
+
+
+def recipe_flags(recipe):
+    """(builder, flags) that recipe.json of a dataset of ours stands for, or None."""
+    if not isinstance(recipe, dict) or recipe.get("builder") not in ("sudoku", "maze", "arc"):
+        return None
+    if recipe["builder"] != "arc" and "name" not in recipe:
+        return None     # of November 2025 or before: its source is a short name, not what was typed
+    module = importlib.import_module(f"prepare.{recipe['builder']}")
+    defaults, flags = vars(module.flags().parse_args([])), []
+    for name, value in recipe.items():
+        if name in defaults and value != defaults[name]:
+            words = value if isinstance(value, list) else [] if value is True else [value]
+            flags += [f"--{name.replace('_', '-')}", *map(str, words)]
+    return recipe["builder"], flags
+
+
+def must_exist(folders, recipes=None):
+    """Refuse a dataset that is not there, with the command that builds it.
+
+    recipes: {folder: recipe.json} of datasets that a checkpoint remembers. Raises UserError."""
+    for folder in map(str, folders):
+        if Path(folder).exists():
+            continue
+        dataset, recipe = known(folder), recipe_flags((recipes or {}).get(folder))
+        how = (dataset.builder, dataset.flags) if dataset else recipe
+        raise UserError(f"{folder} not found; " + (
+            f"build it: {command(*how, folder)}" if how else
+            "name another folder with --data, or build it: prepare/{sudoku,maze,arc}.py --help say how"))
+
+
+def ensure(folder, world=None):
+    """Build a known dataset that is absent; of several processes rank 0 does it. Raises UserError."""
+    dataset = known(folder)
+    if (world is None or world.rank == 0) and not os.path.exists(folder):
+        print(f"+ {command(dataset.builder, dataset.flags, folder)}", flush=True)
+        builder = importlib.import_module(f"prepare.{dataset.builder}")
+        builder.main([*dataset.flags, "--output-dir", str(folder)])
+    if world is not None:
+        world.gather_objects(None)      # the others wait here
+
+
+def board_kind(recipes):
+    """"sudoku", "maze", "arc" or None: what the boards of datasets are, by the builder in their recipes."""
+    builders = {recipe.get("builder") if isinstance(recipe, dict) else None for recipe in recipes}
+    builder = builders.pop() if len(builders) == 1 else None
+    return builder if builder in ("sudoku", "maze", "arc") else None
+
+
+def main(argv):
+    """Build what is absent of the named datasets."""
+    for name in argv:
+        if name not in KNOWN:
+            raise UserError(f"unknown dataset {name!r}; one of: {' '.join(KNOWN)}")
+        folder = KNOWN[name].folder
+        print(f"{folder} is there") if os.path.exists(folder) else ensure(folder)

@@ -1,0 +1,73 @@
+"""What evaluations measured: intervals, the printed table, whether one result is better than another."""
+import math
+from pathlib import Path
+
+import numpy as np
+
+from common import UserError, read_json
+from model import metric_names
+
+
+def wilson(p, n, z=1.96):
+    """95% Wilson interval of a share p of n."""
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def intervals(cfg, metrics, votes):
+    """{metric: [low, high, n, unit]}. On ARC of test inputs alone: augmented rows are no sample of anything,
+    and the official pass@2 is a mean over tasks of shares, which Wilson's interval is not made for."""
+    if votes and votes.places():
+        pooled = np.concatenate(votes.places()) < 2
+        return {"pass@2 of test inputs": [*wilson(pooled.mean(), len(pooled)), len(pooled), "test inputs"]}
+    name = metric_names(cfg).right
+    return {name: [*wilson(metrics[name], metrics["n"]), metrics["n"], "puzzles"]} if metrics["n"] else {}
+
+
+def table(results):
+    """The rows (name, text) of what is printed of results.json."""
+    rows, part = [], f"   (a part: {results['part']})" if results["part"] else ""
+    for name, value in results["metrics"].items():
+        note = part if name == "n" else ""
+        if name in results["intervals"]:
+            low, high, n, unit = results["intervals"][name]
+            note = f"   95% interval {low:.4f} .. {high:.4f} of {n:,} {unit}{part}"
+        rows.append((name, (f"{value:.4f}" if isinstance(value, float) else f"{value:,}") + note))
+    curve = results["exact_acc_by_step"]
+    steps = [s for s in (1 << i for i in range(20)) if s < len(curve)] + [len(curve)]
+    rows += [("right by step", "  ".join(f"{s}: {curve[s - 1]:.4f}" for s in steps))] if curve else []
+    for name, value in results["about"].items():
+        shape = {float: ",.1f", int: ","}.get(type(value), "")
+        rows.append((name, format(value, shape)))
+    return rows
+
+
+def compare(*paths):
+    """Print whether the second results.json is better: one-sided z-test, and McNemar over the rows that both
+    kept."""
+    found = []
+    for path in map(Path, paths):
+        results = read_json(path, "--compare takes results.json of eval.py")
+        try:
+            name, (_, _, n, _) = next(iter(results["intervals"].items()))
+            found.append((name, results["metrics"][name], n))
+        except (TypeError, KeyError, StopIteration):
+            raise UserError(f"--compare {path}: no results.json of eval.py with an interval") from None
+    (name, p, n), (other_name, p2, n2) = found
+    if name != other_name:
+        raise UserError(f"--compare: {paths[0]} measures {name}, {paths[1]} {other_name}; compare the same "
+                        f"task")
+    pooled = (p * n + p2 * n2) / (n + n2)
+    z = (p2 - p) / max(1e-12, math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / n2)))
+    tail = 0.5 * math.erfc(z / math.sqrt(2))
+    print(f"{name}: A {p:.4f} of {n:,}, B {p2:.4f} of {n2:,}: B - A = {p2 - p:+.4f}\n"
+          f"two proportions: z = {z:.3f}, one-sided p = {tail:.4g} that B is no better")
+    files = [Path(path).with_name(Path(path).name.replace("results.json", "right.npz")) for path in paths]
+    a, b = (np.load(f) if f.exists() else {"row": None, "data": None} for f in files)
+    if a["data"] is None or a["data"] != b["data"] or not np.array_equal(a["row"], b["row"]):
+        print("McNemar: needs right.npz of the same rows of the same data beside both")
+        return
+    only_a, only_b = int((a["right"] & ~b["right"]).sum()), int((b["right"] & ~a["right"]).sum())
+    n = only_a + only_b     # the tail of n throws of a fair coin, in whole numbers
+    tail = sum(math.comb(n, k) for k in range(only_b, n + 1)) / 2 ** n
+    print(f"McNemar: only A right {only_a}, only B right {only_b}; exact one-sided p = {tail:.4g}")
