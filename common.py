@@ -1,5 +1,4 @@
-"""What every script needs: errors of one line, flags, processes and devices, files that are all or nothing,
-the log.
+"""What every script needs: errors of one line, flags, processes and devices, files that are all or nothing.
 
 Nothing here knows a model, a dataset or a task. Importing it does nothing.
 """
@@ -7,6 +6,7 @@ import argparse
 import ctypes
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -23,46 +23,38 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:     # native Windows: a run folder is not locked there
-    fcntl = None
-
 # ---------------------------------------------------------------------------------------------
 # Errors and flags
-
 
 class UserError(Exception):
     """Something the user can mend: one line with the value, the limit and the cure."""
 
 
-OUT_OF_MEMORY = ("out of memory on the GPU: train.py takes --grad-accum N (twice as many parts, half the "
-                 "memory), eval.py --batch-size N")
-
-
 def cli(main):
-    """Run main() as a script: what the user can mend is one line on stderr and exit code 2, Ctrl-C one line
-    and 130."""
+    """Run main() as a script: what the user can mend is one line and exit code 2, Ctrl-C one line and 130."""
     code = 2
     try:
-        code = main() or 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
-    except OSError as e:
-        print(f"error: {e.strerror or e}: {e.filename or ''}".rstrip(": "), file=sys.stderr)
+        sys.exit(main() or 0)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = 130
+        code, message = 130, "\ninterrupted"
+    except UserError as e:
+        message = f"error: {e}"
+    except OSError as e:
+        message = f"error: {e.strerror or e}: {e.filename or ''}".rstrip(": ")
+    except torch.OutOfMemoryError:
+        message = ("error: out of memory on the GPU: train.py takes --grad-accum N (twice as many parts, "
+                   "half the memory), eval.py --batch-size N")
+    except torch._dynamo.exc.BackendCompilerFailed as e:
+        message = (f"error: torch.compile failed ({one_line(e.inner_exception)}); --no-compile does without; "
+                   "where /tmp is full or noexec, set TMPDIR and TORCHINDUCTOR_CACHE_DIR to another folder")
+    if int(os.environ.get("RANK", 0)):      # mostly rank 0 says the same, and then torchrun ends this one
+        time.sleep(2)
+    print(message, file=sys.stderr)
     sys.exit(code)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and every flag with its default, in 80 columns."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=80)
+    """The docstring as it stands, and every flag with its default."""
 
     def _get_help_string(self, action):     # without "(default: None)"
         nothing = action.default is None or action.default is False
@@ -70,26 +62,25 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with the help of all our scripts; a wrong flag raises UserError, as anything else
-    does."""
+    """An ArgumentParser with the help of all our scripts, whose errors are UserErrors."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter,
-                         usage="%(prog)s [flags]")
+        super().__init__(description=description, allow_abbrev=False, usage="%(prog)s [flags]",
+                         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=80))
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
 
-def within(kind, low, high=None):
+def within(kind, low, high=math.inf):
     """For add_argument(type=...): a number of `kind` (int or float) in low .. high, the ends included."""
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
-        if not low <= value <= (value if high is None else high) or value in (float("inf"), float("-inf")):
-            limits = f"{low} or more" if high is None else f"{low} .. {high}"
+        if not low <= value <= high or value == math.inf:
+            limits = f"{low} or more" if high == math.inf else f"{low} .. {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range; give {limits}")
         return value
     return convert
@@ -106,7 +97,7 @@ def progress(iterable=None, quiet=False, **options):
 
 @contextmanager
 def peers():
-    """Around a collective: a rank that died or hangs becomes one line. Raises UserError."""
+    """Around a collective: a rank that died or hangs becomes a UserError."""
     try:
         yield
     except torch.OutOfMemoryError:      # a RuntimeError, too, but this rank's own
@@ -132,7 +123,7 @@ class World:
 
     @peers()
     def agree(self, number):
-        """The largest of all ranks' whole numbers. Goes over gloo, so that it does not wait for a GPU."""
+        """The largest of all ranks' whole numbers; over gloo, so that it does not wait for a GPU."""
         box = torch.tensor(number)
         if self.size > 1:
             dist.all_reduce(box, dist.ReduceOp.MAX)
@@ -187,21 +178,19 @@ class World:
 
 def choose_device(name, local_rank=0):
     """torch.device of "auto", "cuda", "mps" or "cpu". Raises UserError when it is not there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(d for d, there in present.items() if there)
-    if not present[name]:
-        there = " or ".join(d for d, is_there in present.items() if is_there)
-        raise UserError(f"--device {name} is not available here; use {there}")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [d for d, is_there in available.items() if is_there]
+    name = there[0] if name == "auto" else name
+    if name not in there:
+        raise UserError(f"--device {name} is not available here; use {' or '.join(there)}")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
 def keep_freed_memory():
-    """Have glibc's malloc keep large blocks that are freed, and hand them out again. By default it returns
-    them to the system, and every step of a CPU pays for the pages anew. Without effect on other C
-    libraries."""
+    """Have glibc's malloc keep large blocks that are freed, and hand them out again: by default it returns
+    them to the system, and every step on a CPU pays for the pages anew."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
+    if mallopt:     # other C libraries have none
         mallopt(-4, 0)      # M_MMAP_MAX: no block gets a mapping of its own
         mallopt(-1, -1)     # M_TRIM_THRESHOLD: the heap never shrinks
 
@@ -218,9 +207,8 @@ def start_world(device, timeout_s):
         timeout = timedelta(seconds=timeout_s)
         with peers():
             store = next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
+            # torchrun hands a process that it starts again the store of the one that died, with its addresses
             if os.environ.get("LOCAL_WORLD_SIZE") == str(size):   # several machines may count differently
-                # torchrun hands a process that it starts again the store of the one that died, with its
-                # addresses in it
                 store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -236,12 +224,14 @@ def device_name(device):
 def compiler_lacks(device):
     """What torch.compile lacks on this machine, in words, or "" when it lacks nothing: for a CPU it writes
     C++, and on a GPU Triton builds a helper with a C compiler."""
-    compilers = ("c++", "g++", "clang++", "cl") if device.type == "cpu" else ("cc", "gcc", "clang")
-    language = "C++" if device.type == "cpu" else "C"
-    lacks = [] if any(map(shutil.which, compilers)) else [f"a {language} compiler"]
+    if device.type == "mps":
+        return ""
+    on_cpu = device.type == "cpu"
+    compilers = ("c++", "g++", "clang++") if on_cpu else ("cc", "gcc", "clang")
+    lacks = [] if any(map(shutil.which, compilers)) else [f"a {'C++' if on_cpu else 'C'} compiler"]
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         lacks.append("Python.h (Debian: python3-dev)")
-    return " and ".join(lacks) if device.type != "mps" else ""
+    return " and ".join(lacks)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -289,9 +279,8 @@ def one_line(error):
 def replacing(path):
     """Yield a temporary name beside `path` that takes its place when the block ends well, and is gone when it
     does not: whoever reads `path` finds the old file or the new one, whole. Raises OSError."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = Path(f"{path}.tmp")
+    tmp.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield tmp
         with open(tmp, "rb+") as f:
@@ -313,7 +302,7 @@ def finite(value):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path, value):
@@ -322,8 +311,8 @@ def write_json(path, value):
 
 
 def read_json(path, cure, kind=object):
-    """The content of a JSON file. Raises UserError, which ends with `cure`, when it is missing, no JSON, or
-    its value is no `kind` (dict, list)."""
+    """The content of a JSON file. Raises UserError, which ends with `cure`, when it is missing, no JSON or no
+    `kind` (dict, list)."""
     try:
         value = json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -347,6 +336,5 @@ def sha256(path):
 def git_hash():
     """Short hash of the commit of this code, None outside of git."""
     with suppress(OSError):
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                               cwd=Path(__file__).parent)
-        return found.stdout.strip() or None
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

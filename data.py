@@ -21,7 +21,6 @@ mean squared error where the mask is true, and a row is right when that is below
     all__inputs.npy         (N, S, I) float32; each may be .npz, with the array under its name or alone
     all__targets.npy        (N, S, T) float32
     all__target_mask.npy    (N, S) bool: true where a target is trained on and scored; elsewhere it may be NaN
-
     Without the three index files examples are alone and blank; then identifiers.json may be left out, too.
 
 Latent episodes (regression, too): latents 1 .. T - 1 are predicted from 0 .. T - 2. No dataset.json.
@@ -30,14 +29,10 @@ Latent episodes (regression, too): latents 1 .. T - 1 are predicted from 0 .. T 
     DIR/{train,test}/metadata/episode_000.json  may say `group` and `set` (an epoch draws one episode of every
                             group of a set; without a group it is alone) and `puzzle_identifier` (0: blank;
                             without it, the next number that no episode has)
-
     --seq-len cuts episodes into windows, examples of one puzzle; without it, the longest episode decides.
     Positions see each other in both directions: of a window only the last target is not also an input.
     At the start only headers are read; files are opened one at a time, when a batch needs them.
-
-Nothing here reads command lines, the environment, the device or the rank: they are passed in.
 """
-import filecmp
 import hashlib
 import json
 import os
@@ -52,7 +47,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common import UserError, read_json, sha256, write_json
-from examples import AGAIN, Numbers, Tokens, alone, find_episodes, open_examples, starts
+from examples import (AGAIN, INDEX, NUMBERS, TOKENS, Examples, alone, find_episodes, open_examples,
+                      starts)
 from prepare import board_kind, must_exist
 
 # ---------------------------------------------------------------------------------------------
@@ -65,12 +61,9 @@ def dihedral(array, t):
     """Transform t in 0..7 of the last two axes: identity, counter-clockwise turns by 90, 180 and 270 degrees,
     left-right flip, up-down flip, transpose, left-right flip of the first turn.
     DIHEDRAL_INVERSE[t] undoes it."""
-    if t < 4:
-        return np.rot90(array, t, axes=(-2, -1))
-    if t == 6:
-        return array.swapaxes(-2, -1)
-    turned = np.rot90(array, axes=(-2, -1)) if t == 7 else array
-    return np.flip(turned, axis=-2 if t == 5 else -1)
+    if t >= 4:      # the other four are turns of the left-right flip
+        array, t = np.flip(array, -1), (0, 2, 1, 3)[t - 4]
+    return np.rot90(array, t, axes=(-2, -1))
 
 
 @contextmanager
@@ -81,35 +74,32 @@ def building(output_dir):
     sha256 and bytes of every file but recipe.json. Raises UserError when `output_dir` holds something else or
     cannot be written."""
     output_dir = Path(output_dir)
-    is_dataset = (output_dir / "identifiers.json").exists()
-    is_empty = output_dir.is_dir() and not any(output_dir.iterdir())
-    if output_dir.exists() and not (is_dataset or is_empty):
+    if output_dir.exists() and not (output_dir / "identifiers.json").exists() and any(output_dir.iterdir()):
         raise UserError(f"--output-dir {output_dir} is there and is no dataset, so it is not replaced; "
                         f"name another")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    tmp.chmod(0o755)    # mkdtemp shuts others out
     try:
-        yield tmp
-        for path in sorted(tmp.rglob("*")):
-            if path.is_file() and path.name != "recipe.json":
-                name = output_dir / path.relative_to(tmp)
-                print(f"{sha256(path)}  {path.stat().st_size:>13,} bytes  {name}")
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        os.replace(tmp, output_dir)
+        with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as parent:
+            folder = Path(parent) / output_dir.name
+            folder.mkdir()
+            yield folder
+            for path in sorted(folder.rglob("*")):
+                if path.is_file() and path.name != "recipe.json":
+                    name = output_dir / path.relative_to(folder)
+                    print(f"{sha256(path)}  {path.stat().st_size:>13,} bytes  {name}")
+            if output_dir.exists():
+                shutil.rmtree(output_dir)
+            os.replace(folder, output_dir)
     except OSError as e:
         raise UserError(f"{output_dir} could not be written ({e.strerror or e}); free some space there or "
                         f"choose another --output-dir; nothing is left of it") from e
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def save_npy(path, array, dtype=None):
-    """numpy.save, byte for byte, cast to `dtype` in pieces. A full disk raises its own OSError, where numpy
-    says only how many items are missing."""
+    """numpy.save, byte for byte, cast to `dtype` in pieces; floats become float32. A full disk raises its own
+    OSError, where numpy says only how many items are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(dtype or array.dtype)
+    dtype = np.dtype(np.float32 if array.dtype.kind == "f" else dtype or array.dtype)
     header = {"descr": dtype.str, "fortran_order": False, "shape": array.shape}
     with open(path, "wb") as f:
         np.lib.format.write_array_header_1_0(f, header)
@@ -117,30 +107,21 @@ def save_npy(path, array, dtype=None):
             f.write(np.ascontiguousarray(array[i:i + (1 << 16)], dtype))
 
 
-def write_split(split_dir, arrays, vocab_size, num_identifiers, total_puzzles=None, **extra):
-    """Write one split: `arrays` maps inputs, labels and the fields of an Index to arrays; None stands for one
-    that is already written. extra: more for dataset.json. Raises OSError."""
+def write_split(split_dir, arrays, vocab_size, num_identifiers, total_puzzles=None, dtype=None, **extra):
+    """Write one split: `arrays` maps NAME of every all__NAME.npy to its array; None stands for one that is
+    already written. dtype: of tokens on disk, their own by default. extra: more for dataset.json. Raises
+    OSError."""
     split_dir = Path(split_dir)
     for name, array in arrays.items():
         if array is not None:
-            save_npy(split_dir / f"all__{name}.npy", array)
-    shape = {name: np.load(split_dir / f"all__{name}.npy", mmap_mode="r").shape for name in arrays}
-    n_puzzles = shape["puzzle_indices"][0] - 1
-    total_puzzles = n_puzzles if total_puzzles is None else total_puzzles
+            save_npy(split_dir / f"all__{name}.npy", array, None if name in INDEX else dtype)
+    n_examples, seq_len = np.load(split_dir / "all__inputs.npy", mmap_mode="r").shape[:2]
+    n_puzzles = len(arrays["puzzle_identifiers"])
     write_json(split_dir / "dataset.json", {
         "pad_id": 0, "ignore_label_id": 0, "blank_identifier_id": 0, "vocab_size": vocab_size,
-        "seq_len": shape["inputs"][1], "num_puzzle_identifiers": num_identifiers,
-        "total_groups": shape["group_indices"][0] - 1,
-        "mean_puzzle_examples": shape["inputs"][0] / n_puzzles if total_puzzles == n_puzzles else 1.0,
-        "total_puzzles": total_puzzles, "sets": ["all"], **extra})
-
-
-def with_copies(arrays, augment, num_aug, seed):
-    """`arrays` with num_aug changed copies behind every row, as write_dataset says."""
-    rng = np.random.default_rng(seed)
-    versions = [arrays] + [augment(rng, *arrays) for _ in range(num_aug)]
-    together = [np.stack(same, axis=1) for same in zip(*versions)]      # (N, 1 + num_aug, S, ...)
-    return [a.reshape(-1, *a.shape[2:]) for a in together]
+        "seq_len": seq_len, "num_puzzle_identifiers": num_identifiers,
+        "total_groups": len(arrays["group_indices"]) - 1, "mean_puzzle_examples": n_examples / n_puzzles,
+        "total_puzzles": total_puzzles or n_puzzles, "sets": ["all"], **extra})
 
 
 def write_dataset(output_dir, splits, vocab_size=0, recipe=None, group_size=1, train_dtype=None,
@@ -152,35 +133,32 @@ def write_dataset(output_dir, splits, vocab_size=0, recipe=None, group_size=1, t
         With vocab_size 0, numbers: inputs (N, S, input_dim), targets (N, S, target_dim), mask (N, S) bool.
     recipe: a dict that says how it was made (builder, arguments, seed).
     group_size: how many consecutive training boards are augmentations of one original.
-    train_dtype: of the training boards on disk, their own by default. Floats become float32.
+    train_dtype: of the training tokens on disk, their own by default.
     augment: augment(rng, *training arrays) returns the arrays of changed copies; called num_aug times with a
         numpy Generator of `seed`, and original and copies of a board become one group.
-    Raises UserError when a token lies outside the vocabulary, a number is not finite or a shape does not fit.
-    """
+    Raises UserError when a token, a number or a shape does not fit."""
     if num_aug:
-        splits = {**splits, "train": with_copies(splits["train"], augment, num_aug, seed)}
+        rng, train = np.random.default_rng(seed), splits["train"]
+        versions = [train] + [augment(rng, *train) for _ in range(num_aug)]
+        together = [np.stack(same, axis=1) for same in zip(*versions)]      # (N, 1 + num_aug, S, ...)
+        splits = {**splits, "train": [a.reshape(-1, *a.shape[2:]) for a in together]}
         group_size = 1 + num_aug
     inputs, answers = splits["train"][:2]
     if len(inputs) % group_size:
         raise UserError(f"{len(inputs)} training boards do not make groups of {group_size}; mend group_size")
-    kind, extra = Tokens, {}
-    if not vocab_size:
-        kind, extra = Numbers, {
-            "task_type": "regression", "input_dim": inputs.shape[-1], "target_dim": answers.shape[-1],
-            "input_pad_value": 0.0, "target_pad_value": 0.0}
-    meta = {"seq_len": inputs.shape[1], "vocab_size": vocab_size, "pad_id": 0, "ignore_label_id": 0, **extra}
+    meta = {"vocab_size": vocab_size, "pad_id": 0, "ignore_label_id": 0, "seq_len": inputs.shape[1]}
+    extra = {} if vocab_size else {
+        "task_type": "regression", "input_dim": inputs.shape[-1], "target_dim": answers.shape[-1],
+        "input_pad_value": 0.0, "target_pad_value": 0.0}
     for split, arrays in splits.items():
-        kind(split, meta, *arrays).check()
+        Examples(Path(split), {**meta, **extra}, arrays).check()
     with building(output_dir) as folder:
         for split, arrays in splits.items():
             dtype, group = (train_dtype, group_size) if split == "train" else (None, 1)
-            for name, a in zip(kind.fields, arrays):
-                save_npy(folder / split / f"all__{name}.npy", a, np.float32 if a.dtype.kind == "f" else dtype)
-            index = alone(len(arrays[0]), group)
-            groups = len(index.group_indices) - 1
-            write_split(folder / split, {**dict.fromkeys(kind.fields), **index._asdict()}, vocab_size,
-                        num_identifiers=1, total_puzzles=groups, **extra)
-            print(f"{split}: {len(arrays[0]):,} boards in {groups:,} groups")
+            n, names = len(arrays[0]), [*(TOKENS if vocab_size else NUMBERS), *INDEX]
+            named = dict(zip(names, [*arrays, *alone(n, group)]))
+            write_split(folder / split, named, vocab_size, 1, n // group, dtype, **extra)
+            print(f"{split}: {n:,} boards in {n // group:,} groups")
         write_json(folder / "identifiers.json", ["<blank>"])
         write_json(folder / "recipe.json", recipe)
 
@@ -207,26 +185,6 @@ def table_names(folder, episodes):
     return ["<blank>", *map(str, range(1, max(rows, default=1)))]
 
 
-def same_names(a, b):
-    """Whether two folders have the very same identifiers.json."""
-    a, b = a / "identifiers.json", b / "identifiers.json"
-    return a.exists() and b.exists() and filecmp.cmp(a, b, shallow=False)
-
-
-def table_order(trained, tested):
-    """Folders in the order of their rows in the puzzle table, and where among them each of `tested` is."""
-    folders, places = list(trained), []
-    if tested == trained:   # the same folder may be named twice, and has rows twice
-        return folders, list(range(len(folders)))
-    for folder in tested:
-        alike = [i for i, other in enumerate(folders) if other == folder]
-        alike += [i for i, other in enumerate(folders) if same_names(other, folder)]
-        places.append(alike[0] if alike else len(folders))
-        if not alike:
-            folders.append(folder)
-    return folders, places
-
-
 class Split:
     """One split (train or test) of one or several dataset folders, joined.
 
@@ -235,39 +193,44 @@ class Split:
         those of the ones before, and blank stays 0. A folder that is only tested on has rows of its own at
         the end, which no training reaches, or shares those of a folder with the same identifiers.json.
     seq_len: windows of this length of latent episodes; by default the longest of all decides.
-    meta: as in dataset.json, of the join. names: the identifiers, in table order. Raises UserError for a
-    missing, truncated or contradictory file, and for folders that differ in what must be equal.
-    """
+    meta: as in dataset.json, of the join. names: the identifiers, in table order. recipe: recipe.json of
+        every folder, None where there is none. kind: "sudoku", "maze" or "arc" by the recipes, "numbers" of
+        regression, "tokens" of all other boards.
+    Raises UserError for a missing, damaged or contradictory file, and for folders that do not go together."""
 
     def __init__(self, data, split, data_test=None, seq_len=None):
         trained, tested = as_paths(data), as_paths(data_test or data)
         must_exist(trained + tested)
-        folders, places = table_order(trained, tested)
-        self.name, self.dirs = split, tested
-        if split == "train":
-            self.dirs, places = trained, range(len(trained))
-
+        self.name, self.dirs = split, trained if split == "train" else tested
         episodes = {folder: find_episodes(folder) for folder in dict.fromkeys(trained + tested)}
         if not seq_len:
             seq_len = max((e.length - 1 for found in episodes.values() for e in found), default=None)
         names = {folder: table_names(folder, found) for folder, found in episodes.items()}
-        self.sources = [open_examples(d, split, episodes[d], len(names[d]), seq_len) for d in self.dirs]
-        self.offsets = starts([len(source) for source in self.sources])
-        self.meta = dict(self.sources[0].meta)
-        for source in self.sources:
-            self.must_agree(source.meta, source.where)
 
-        self.names, shifts = ["<blank>"], []
-        for folder in folders:
-            shifts.append(len(self.names) - 1)
-            self.names += names[folder][1:]
+        self.names, shifts = ["<blank>"], {}
+        for folder in names:
+            alike = [other for other in shifts if names[other] == names[folder]]
+            if folder not in trained and alike and (folder / "identifiers.json").exists():
+                shifts[folder] = shifts[alike[0]]
+            else:
+                shifts[folder] = len(self.names) - 1
+                self.names += names[folder][1:]
+
+        self.sources = [open_examples(d / split, episodes[d], len(names[d]), seq_len) for d in self.dirs]
+        self.offsets = starts([len(source) for source in self.sources])
         ids, puzzles, groups = zip(*(source.index for source in self.sources))
-        shifted = [np.where(own == 0, 0, own + shifts[place]) for own, place in zip(ids, places)]
-        self.puzzle_identifiers = np.concatenate(shifted).astype(np.int32)
+        shifted = [np.where(own == 0, 0, own.astype(np.int32) + shifts[d]) for own, d in zip(ids, self.dirs)]
+        self.puzzle_identifiers = np.concatenate(shifted)
         self.puzzle_indices = starts(np.concatenate([np.diff(own) for own in puzzles]))
         self.group_indices = starts(np.concatenate([np.diff(own) for own in groups]))
-        self.meta |= {"num_puzzle_identifiers": len(self.names), "total_groups": len(self.group_indices) - 1,
-                      "mean_puzzle_examples": len(self) / (len(self.puzzle_indices) - 1)}
+        self.meta = {**self.sources[0].meta, "num_puzzle_identifiers": len(self.names),
+                     "total_groups": len(self.group_indices) - 1,
+                     "mean_puzzle_examples": len(self) / (len(self.puzzle_indices) - 1)}
+        for source in self.sources:
+            self.must_agree(source.meta, source.where)
+        recipes = [d / "recipe.json" for d in self.dirs]
+        self.recipe = [read_json(path, AGAIN) if path.exists() else None for path in recipes]
+        self.kind = "numbers" if not self.meta["vocab_size"] else board_kind(self.recipe) or "tokens"
 
     def must_agree(self, meta, where):
         """Refuse a dataset that cannot go together with this one. meta: of the folder `where`."""
@@ -284,26 +247,12 @@ class Split:
         """sha256 of all names: equal when every row of the puzzle table means the same puzzle."""
         return hashlib.sha256(json.dumps(self.names).encode()).hexdigest()
 
-    @property
-    def recipe(self):
-        """recipe.json of every folder, None where there is none."""
-        files = [d / "recipe.json" for d in self.dirs]
-        return [read_json(f, AGAIN) if f.exists() else None for f in files]
-
-    @property
-    def kind(self):
-        """"sudoku", "maze" or "arc" by the recipes, "numbers" of regression, "tokens" of all other boards."""
-        if isinstance(self.sources[0], Numbers):
-            return "numbers"
-        return board_kind(self.recipe) or "tokens"
-
     def fingerprint(self):
         """sha256 of the sizes and a hundred examples: equal where the data are the same, at the cost of
         neither."""
-        digest = hashlib.sha256(json.dumps([len(self), sorted(self.meta.items())], default=str).encode())
-        for array in self.gather(np.linspace(0, len(self) - 1, 100).astype(np.int64)):
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+        arrays = self.gather(np.linspace(0, len(self) - 1, 100).astype(np.int64))
+        sizes = json.dumps([len(self), sorted(self.meta.items())], default=str).encode()
+        return hashlib.sha256(sizes + b"".join(array.tobytes() for array in arrays)).hexdigest()
 
     def puzzle_of(self, examples):
         """Puzzle number (not identifier) of every example, (B,)."""
@@ -312,21 +261,17 @@ class Split:
     def gather(self, examples, puzzles=None, size=None):
         """Arrays (inputs, labels, puzzle_ids) of the given examples (B,). Padded to `size` rows when fewer,
         with pad_id, -100 (in regression input_pad_value, NaN) and the blank identifier."""
-        if len(self.sources) == 1:
-            inputs, labels = self.sources[0].gather(examples)
-        else:
-            of = np.searchsorted(self.offsets, examples, side="right") - 1     # (B,) number of the source
-            parts = [s.gather(examples[of == i] - self.offsets[i]) for i, s in enumerate(self.sources)]
-            order = np.argsort(of, kind="stable")       # that of the parts, one behind the other
-            inputs, labels = (np.concatenate(part)[np.argsort(order)] for part in zip(*parts))
+        size = max(size or 0, len(examples))
+        inputs, labels = self.sources[0].padding(size)      # what follows fills it
+        of = np.searchsorted(self.offsets, examples, side="right") - 1     # (B,) number of the source
+        for i, source in enumerate(self.sources):
+            mine = np.flatnonzero(of == i)
+            inputs[mine], answers, asked = source.read(examples[mine] - self.offsets[i])
+            labels[mine] = np.where(asked, answers.astype(labels.dtype), labels[mine])
+        ids = np.zeros(size, np.int32)
         puzzles = self.puzzle_of(examples) if puzzles is None else puzzles
-        arrays = inputs, labels, self.puzzle_identifiers[puzzles]
-        lacking = (size or 0) - len(examples)
-        if lacking <= 0:
-            return arrays
-        pads = *self.sources[0].pads, 0
-        return tuple(np.concatenate((a, np.full((lacking, *a.shape[1:]), pad, a.dtype)))
-                     for a, pad in zip(arrays, pads))
+        ids[:len(examples)] = self.puzzle_identifiers[puzzles]
+        return inputs, labels, ids
 
     def check(self):
         """Sanity check of the whole split: returns a line per folder saying what was checked."""
@@ -343,26 +288,30 @@ class Cursor(NamedTuple):
     rng: dict | None = None     # state of Philox; None at the start of a round
 
 
-def draw_batch(split, rng, order, cursor, batch_size):
+def draw_batch(split, rng, order, cursor, batch_size, single):
     """(examples (G,), puzzles (G,), cursor after them), or None when the groups left do not fill a batch.
 
-    Draws a puzzle of every group and, without replacement, as many of its examples as there is room for."""
-    examples, puzzles, position = [], [], cursor.position
-    while len(puzzles) < batch_size:
-        if position == len(order):
-            return None
-        group, position = order[position], position + 1
-        puzzle = rng.integers(split.group_indices[group], split.group_indices[group + 1])
-        first = split.puzzle_indices[puzzle]
-        size = int(split.puzzle_indices[puzzle + 1] - first)
-        take = min(size, batch_size - len(puzzles))
-        puzzles.extend([puzzle] * take)
-        if size == 1:       # to draw one of one takes nothing from rng but time
-            examples.append(first)
-        else:
-            examples.extend(first + rng.choice(size, take, replace=False))
-    state = json.dumps(rng.bit_generator.state, default=np.ndarray.tolist)
-    return np.array(examples), np.array(puzzles), Cursor(cursor.iteration, position, json.loads(state))
+    Draws a puzzle of every group and, without replacement, as many of its examples as there is room for.
+    single: every puzzle has one example, so that the same draws can be made at once."""
+    first_puzzle, first_example = split.group_indices, split.puzzle_indices
+    position = cursor.position
+    if single:
+        groups = order[position:position + batch_size]
+        puzzles = rng.integers(first_puzzle[groups], first_puzzle[groups + 1])
+        examples, position = first_example[puzzles], position + len(groups)
+    else:
+        examples, puzzles = [], []
+        while len(puzzles) < batch_size and position < len(order):
+            group, position = order[position], position + 1
+            puzzle = rng.integers(first_puzzle[group], first_puzzle[group + 1])
+            size = first_example[puzzle + 1] - first_example[puzzle]
+            take = min(size, batch_size - len(puzzles))
+            puzzles.extend([puzzle] * take)
+            examples.extend(first_example[puzzle] + rng.choice(size, take, replace=False))
+    if len(puzzles) < batch_size:
+        return None
+    state = json.loads(json.dumps(rng.bit_generator.state, default=np.ndarray.tolist))
+    return np.array(examples), np.array(puzzles), Cursor(cursor.iteration, position, state)
 
 
 def training_order(split, seed, epochs_per_iteration, batch_size, cursor=None):
@@ -377,10 +326,11 @@ def training_order(split, seed, epochs_per_iteration, batch_size, cursor=None):
     order = np.concatenate([rng.permutation(n_groups) for _ in range(epochs_per_iteration)])
     if cursor.rng is not None:
         rng.bit_generator.state = cursor.rng
-    following = draw_batch(split, rng, order, cursor, batch_size)
+    single = (np.diff(split.puzzle_indices) == 1).all()
+    following = draw_batch(split, rng, order, cursor, batch_size, single)
     while following:
         examples, puzzles, cursor = following
-        following = draw_batch(split, rng, order, cursor, batch_size)   # None: this batch is the last
+        following = draw_batch(split, rng, order, cursor, batch_size, single)   # None: this batch is the last
         yield examples, puzzles, cursor if following else Cursor(cursor.iteration + 1)
 
 

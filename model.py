@@ -45,6 +45,7 @@ class Config:
     input_dim: int = 0              # regression only: numbers per input cell
     target_dim: int = 0             # regression only: numbers per target cell
     mixer: str = option("attn", "what mixes the positions", choices=["attn", "mlp"])
+    attention: str = option("flex", "on a GPU: FlexAttention or SDPA", choices=["flex", "sdpa"])
     pos_encodings: str = option("rope", "of positions; rope needs attn", choices=["rope", "learned", "none"])
     score_mod: str = option("none", "of attention scores; sudoku knows rows, columns, boxes",
                             choices=["none", "sudoku"])
@@ -187,15 +188,16 @@ def sudoku_score_mod(cfg):
 SCORE_MODS = {"none": lambda cfg: None, "sudoku": sudoku_score_mod}  # your own: here and in Config's choices
 
 
-def attend(q, k, v, score_mod=None):
+def attend(q, k, v, score_mod=None, flex=True):
     """softmax(score_mod(q k / sqrt(head_dim))) v for q, k, v of (B, H, L, head_dim).
 
-    FlexAttention where it is fused and can train: compiled on CUDA (on a CPU it has no backward in torch
-    2.13). Elsewhere scaled_dot_product_attention, or plain products when a score_mod must see the scores. A
-    mask is a score_mod that returns -inf.
+    FlexAttention where it is fused and can train: compiled on CUDA with heads of 16 or more (on a CPU it has
+    no backward in torch 2.13); not with flex False. Elsewhere scaled_dot_product_attention, or plain products
+    when a score_mod must see the scores. A mask is a score_mod that returns -inf.
     """
-    if q.is_cuda and torch.compiler.is_compiling():
-        return flex_attention(q, k, v, score_mod=score_mod)
+    if q.is_cuda and torch.compiler.is_compiling() and flex and q.shape[-1] >= 16:
+        # unforced, it would turn into flex decoding below 128 queries, which spills registers
+        return flex_attention(q, k, v, score_mod=score_mod, kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
     if score_mod is None and q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     # Plain products on a CPU: at these lengths its flash kernel is slower, above all backward.
@@ -209,12 +211,12 @@ def attend(q, k, v, score_mod=None):
     return (weight.to(q.dtype) @ v / weight.sum(-1, keepdim=True)).to(q.dtype)
 
 
-def attention(h, w_qkv, w_out, num_heads, rope, score_mod):
+def attention(h, w_qkv, w_out, num_heads, rope, score_mod, flex=True):
     B, L, D = h.shape
     q, k, v = F.linear(h, w_qkv).view(B, L, 3, num_heads, D // num_heads).unbind(2)  # each (B, L, H, D/H)
     if rope is not None:
         q, k = rotate(q, *rope), rotate(k, *rope)
-    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), score_mod)  # (B, H, L, D/H)
+    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), score_mod, flex)
     return F.linear(out.transpose(1, 2).reshape(B, L, D), w_out)
 
 
@@ -229,15 +231,17 @@ class Block(nn.Module):
         shapes = {"mix_in": mix_in, "mix_out": mix_out, "mlp_in": (2 * inner, D), "mlp_out": (D, inner)}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(trunc_normal(shape, shape[1] ** -0.5, generator)))
-        self.mixer, self.num_heads = cfg.mixer, cfg.num_heads
+        self.mixer, self.num_heads, self.flex = cfg.mixer, cfg.num_heads, cfg.attention == "flex"
 
     def forward(self, h, rope, score_mod):
         """(B, L, D) to the same; with the mlp mixer (L, B, D), see swiglu_over_positions."""
         mix_in, mix_out = self.mix_in.to(h.dtype), self.mix_out.to(h.dtype)
         if self.mixer == "mlp":
+            # rows at a pitch of a multiple of 8: a GPU's tensor cores want 16 bytes, and L is odd (97)
+            mix_in = F.pad(mix_in, (0, -mix_in.shape[1] % 8))[:, :mix_in.shape[1]]
             h = rms_norm(h + swiglu_over_positions(h, mix_in, mix_out), dim=0)
         else:
-            h = rms_norm(h + attention(h, mix_in, mix_out, self.num_heads, rope, score_mod))
+            h = rms_norm(h + attention(h, mix_in, mix_out, self.num_heads, rope, score_mod, self.flex))
         return rms_norm(h + swiglu(h, self.mlp_in.to(h.dtype), self.mlp_out.to(h.dtype)))
 
 
@@ -479,6 +483,31 @@ def flops(cfg):
     forward = cfg.H_cycles * (cfg.L_cycles + 1) * net + ends
     # y and z enter the last round as leaves that want a gradient, and the one-hot input wants none
     return Flops(forward, forward + 2 * (cfg.L_cycles + 1) * net + 2 * ends - embed, embed)
+
+
+def train_bytes(cfg, rows, part):
+    """Peak memory of training `rows` rows of a GPU in parts of `part`: what (n + 1) nets keep for the
+    backward pass, and some 16 tensors like y. Its constants were counted on torch's own allocator, with
+    compiled nets in bfloat16."""
+    D, L = cfg.hidden_size, cfg.length
+    widths = 8 * D + 4 * swiglu_width(D, cfg.expansion)
+    position = 1.956 * widths       # bytes that a block keeps of a position
+    if cfg.mixer == "mlp":          # instead of attention's: gate, up and their product, over positions
+        position = 1.352 * widths + 6 * D * swiglu_width(L, cfg.expansion) / L
+    kept = (cfg.L_cycles + 1) * cfg.num_layers * position + 24 * D
+    scale = 2 if cfg.dtype == "float32" else 1
+    fixed = 4 * cfg.num_puzzles * cfg.puzzle_emb_ndim + 2 ** 29     # the table; weights, their optimizer ...
+    return int(scale * L * (kept * part + 8 * D * rows)) + fixed
+
+
+def parts_that_fit(cfg, rows, free):
+    """The fewest equal parts of `rows` rows whose training needs at most `free` bytes, 5% for fragments
+    included. Raises UserError when not even one row fits."""
+    for parts in range(1, rows + 1):
+        if rows % parts == 0 and 1.05 * train_bytes(cfg, rows, rows // parts) <= free:
+            return parts
+    raise UserError(f"{rows} rows do not fit the {free / 2 ** 30:.1f} GiB that this GPU has free, not even one "
+                    "at a time; lower --global-batch-size or --hidden-size, or take more GPUs")
 
 
 def build(cfg, state):

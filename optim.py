@@ -46,13 +46,13 @@ class AdamATan2:
 def sign_sgd(table, ids, grads, lr, weight_decay):
     """SignSGD with weight decay on the rows `ids` of the puzzle table, in place.
 
-    ids (G,), grads (G, ndim) of the global batch; gradients of the same puzzle are summed. Static shapes and
-    no host synchronisation: sorted ids are numbered by segments, and duplicates write equal rows.
-    """
-    ids, order = ids.long().sort(stable=True)
-    segment = torch.cat((ids.new_zeros(1), (ids[1:] != ids[:-1]).long())).cumsum(0)
-    total = torch.zeros_like(grads).index_add_(0, segment, grads[order])[segment]
-    table.index_copy_(0, ids, table[ids] * (1 - lr * weight_decay) - lr * total.sign())
+    ids (G,), grads (G, ndim) of the global batch; gradients of the same puzzle are summed by a product, not
+    by index_add_, whose atomics on CUDA add in any order; in float64, so that no order changes a sign
+    (float32 on Apple's MPS, which lacks it). Static shapes, no host synchronisation; duplicates write equal
+    rows. """
+    ids, wide = ids.long(), torch.float32 if grads.device.type == "mps" else torch.float64
+    total = (ids[:, None] == ids).to(wide) @ grads.to(wide)                          # (G, ndim)
+    table.index_copy_(0, ids, table[ids] * (1 - lr * weight_decay) - lr * total.sign().float())
 
 
 def schedule(step, total_steps, warmup, min_ratio):

@@ -44,19 +44,15 @@ def table(results):
 
 def compare(*paths):
     """Print whether the second results.json is better: one-sided z-test, and McNemar over the rows that both
-    kept."""
-    found = []
-    for path in map(Path, paths):
-        results = read_json(path, "--compare takes results.json of eval.py")
-        try:
-            name, (_, _, n, _) = next(iter(results["intervals"].items()))
+    kept. Raises UserError."""
+    found, cure = [], "--compare takes results.json of eval.py, two of one task"
+    for path in paths:
+        results = read_json(path, cure, dict)
+        for name, (_, _, n, _) in results.get("intervals", {}).items():
             found.append((name, results["metrics"][name], n))
-        except (TypeError, KeyError, StopIteration):
-            raise UserError(f"--compare {path}: no results.json of eval.py with an interval") from None
-    (name, p, n), (other_name, p2, n2) = found
-    if name != other_name:
-        raise UserError(f"--compare: {paths[0]} measures {name}, {paths[1]} {other_name}; compare the same "
-                        f"task")
+    if len(found) != 2 or found[0][0] != found[1][0]:
+        raise UserError(f"{paths[0]} and {paths[1]} measure {[name for name, *_ in found]}; {cure}")
+    (name, p, n), (_, p2, n2) = found
     pooled = (p * n + p2 * n2) / (n + n2)
     z = (p2 - p) / max(1e-12, math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / n2)))
     tail = 0.5 * math.erfc(z / math.sqrt(2))
@@ -67,7 +63,7 @@ def compare(*paths):
     if a["data"] is None or a["data"] != b["data"] or not np.array_equal(a["row"], b["row"]):
         print("McNemar: needs right.npz of the same rows of the same data beside both")
         return
-    only_a, only_b = int((a["right"] & ~b["right"]).sum()), int((b["right"] & ~a["right"]).sum())
+    only_a, only_b = int((a["right"] > b["right"]).sum()), int((b["right"] > a["right"]).sum())
     n = only_a + only_b     # the tail of n throws of a fair coin, in whole numbers
     tail = sum(math.comb(n, k) for k in range(only_b, n + 1)) / 2 ** n
     print(f"McNemar: only A right {only_a}, only B right {only_b}; exact one-sided p = {tail:.4g}")

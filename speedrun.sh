@@ -5,6 +5,7 @@
 #   sudoku       Sudoku-Extreme, MLP mixer; sudoku-att: the same with attention
 #   maze         30x30 mazes
 #   arc1, arc2   ARC-AGI-1, ARC-AGI-2; all: these five one after the other
+#   gpu-check    ten minutes on one GPU: is it right here, and how fast?
 #   test, setup  the tests; only the Python environment .venv
 #
 # A job sets up what is missing, builds its dataset under data/, trains on all
@@ -88,13 +89,14 @@ big() {  # big PRESET [flags]
 }
 
 main() {
-  local preset job=${1:-mini} jobs="mini test sudoku sudoku-att maze arc1 arc2 all setup"; [ $# = 0 ] || shift
+  local preset job=${1:-mini} jobs="mini test gpu-check sudoku sudoku-att maze arc1 arc2 all setup"; [ $# = 0 ] || shift
   case $job in -h | --help) usage; return ;; esac
   [[ " $jobs " = *" $job "* ]] || die "unknown job '$job'; one of: $jobs"
   stage setup setup
   case $job in
     setup) ;;
     test) stage test run "$PY" -m pytest -q tests "$@" ;;
+    gpu-check) stage gpu-check run "$PY" gpu_check.py "$@" ;;
     mini) stage mini run "$PY" train.py --preset mini "$@" ;;
     all) count_gpus; for preset in sudoku sudoku-att maze arc1 arc2; do big "$preset" "$@"; done ;;
     *) count_gpus; big "$job" "$@" ;;

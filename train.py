@@ -30,15 +30,15 @@ import sanity
 from common import Parser, UserError, cli, compiler_lacks, fastest_dtype, start_world, wait, within
 from data import Cursor, Split, exploration, prefetch, training_order
 from model import OVER_ALL_ROWS, TRM, Batch, Carry, Config, act_loss, build, compile_model, metric_names, \
-    read_config
+    parts_that_fit, read_config
 from optim import AdamATan2, Flat, schedule, sign_sgd
 from rundir import Bar, Log, Signals, Stopped, checkpoints, find_checkpoint, find_file, mirror, new_run_dir, \
     read_log, save_checkpoint
 
 # What each task changes (the 8-GPU reproduction's settings). A flag on the command line wins.
 SUDOKU = dict(data=[prepare.KNOWN["sudoku"].folder], epochs=50_000, eval_interval=5_000, weight_decay=1.0,
-              puzzle_emb_weight_decay=1.0, puzzle_emb_lr=1e-4)
-ARC = dict(epochs=100_000, eval_interval=5_000)
+              puzzle_emb_weight_decay=1.0, puzzle_emb_lr=1e-4, eval_limit=4096)
+ARC = dict(epochs=100_000, eval_interval=5_000, eval_limit=40_000)  # of 386,000 rows, 965 a task
 PRESETS = {
     "mini": dict(data=[prepare.KNOWN["mini"].folder], mixer="mlp", pos_encodings="none", hidden_size=64,
                  num_heads=1, H_cycles=1, L_cycles=1, puzzle_emb_len=1, puzzle_emb_ndim=64, dtype="auto",
@@ -53,7 +53,7 @@ PRESETS = {
 }
 LIMIT = 1   # why a run stops: --max-steps or --max-minutes; else the number of a signal, which is higher
 MATTERS = ("preset", "global_batch_size", "seed", "eval_interval")  # no change on resume; nor of the Config
-NOT_SAVED = ("resume", "max_steps", "max_minutes", "device", "dist_timeout", "allow_cpu")   # of this start
+NOT_SAVED = ("resume", "max_steps", "max_minutes", "device", "dist_timeout", "allow_cpu", "grad_accum")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def flags():
 def optimization_flags(add, onoff, count):
     rate, number = within(float, 0), partial(add, metavar="X")
     number("--global-batch-size", type=count, default=1536, help="rows over all ranks")
-    number("--grad-accum", type=count, default=1, help="parts of a rank's batch, one after another")
+    add("--grad-accum", type=count, metavar="N", help="parts of a rank's batch; default: what fits the GPU")
     number("--epochs", type=count, default=1, help="passes over the groups")
     number("--eval-interval", type=count, default=1, help="epochs between evaluations")
     number("--lr", type=rate, default=2e-4, help="learning rate")
@@ -156,10 +156,10 @@ def check(args, base, world):
     first, last = args.train_max_steps or (1, 1)
     if first > last:
         raise UserError(f"--train-max-steps {first} {last} does not rise; give the lower number first")
-    G, parts = args.global_batch_size, world.size * args.grad_accum
+    G, parts = args.global_batch_size, world.size * (args.grad_accum or 1)
     if G % parts:
         near = max(parts, G // parts * parts)
-        ranks = f"{world.size} ranks" + (f" x {args.grad_accum} parts" if args.grad_accum > 1 else "")
+        ranks = f"{world.size} ranks" + (f" x {args.grad_accum} parts" if parts > world.size else "")
         raise UserError(f"--global-batch-size {G} is not a multiple of {ranks}; use {near} or {near + parts}")
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb needs the package wandb; pip install wandb, or leave the flag out")
@@ -183,16 +183,14 @@ def config_of(args, meta):
 
 
 def total_training_steps(args, meta):
-    rows = args.epochs * meta["total_groups"] * meta["mean_puzzle_examples"]
-    return int(rows / args.global_batch_size)
+    return int(args.epochs * meta["total_groups"] * meta["mean_puzzle_examples"] / args.global_batch_size)
 
 
 # ---------------------------------------------------------------------------------------------
 # Data
 
 def open_data(args, world):
-    """(train split, test split, Config). Builds what needs no network. Raises UserError for what does not
-    fit."""
+    """(train split, test split, Config). Builds what needs no network. Raises UserError."""
     for folder in args.data:
         dataset = prepare.known(folder)
         if dataset and world.device.type == "cpu" and not dataset.generated and not args.allow_cpu:
@@ -229,7 +227,7 @@ def must_match(checkpoint, cfg, data):
                         f"its data ({then} then), or begin a new run")
     for name, old in asdict(read_config(checkpoint["config"])).items():
         new = getattr(cfg, name)
-        if old != new:
+        if old != new and name != "attention":      # that computes the same
             refuse_change(name, new, old)
 
 
@@ -280,7 +278,7 @@ class Run:
     @property
     def part(self):
         """Rows that go through the model at once."""
-        return self.rows // self.args.grad_accum
+        return self.rows // (self.args.grad_accum or 1)
 
     def tensors(self):
         """{name: tensor} of what every rank holds alike."""
@@ -469,9 +467,10 @@ def train(run, split, test, log):
     started = tick = time.perf_counter()
     last_step = min(run.total_steps, args.max_steps or run.total_steps)
     done = any(r["event"] == "val" and r["step"] == run.step for r in log.records)
-    due = run.step and (run.cursor.rng is None or run.step == run.total_steps) and not done
+    ended = run.step and (run.cursor.rng is None or run.step == run.total_steps)
+    due = ended and not done and Path(args.resume).parent == Path(args.run_dir)     # else it begins a branch
     with Signals() as signals, Bar(run, log) as bar:
-        if world.agree(int(due and world.rank == 0)):
+        if world.agree(int(bool(due) and world.rank == 0)):
             outcome = evaluate_and_log(run, test, log, signals)
         for batch, cursor in prefetch(batches(run, split)):
             if run.step >= last_step:
@@ -481,7 +480,6 @@ def train(run, split, test, log):
             backward(run, batch)
             update(run, factor)
             run.cursor = cursor
-
             minutes = (time.perf_counter() - started) / 60
             limit = run.step == args.max_steps or args.max_minutes is not None and minutes > args.max_minutes
             stop = world.agree(signals.number or LIMIT * limit)         # the same on every rank
@@ -557,6 +555,9 @@ def run_preset(argv, world):
     if not args.resume and checkpoints(args.run_dir):
         raise UserError(f"{args.run_dir} holds the checkpoints of a run; go on with --resume {args.run_dir}, "
                         f"or name another --run-dir")
+    if not args.grad_accum and world.device.type == "cuda":     # as many as the fullest GPU needs
+        rows, free = args.global_batch_size // world.size, torch.cuda.mem_get_info(world.device)[0]
+        args.grad_accum = world.agree(parts_that_fit(cfg, rows, free))
     run = open_run(args, checkpoint, world, train_split, test, cfg)
     with Log(args.run_dir, world.rank, run.step if args.resume else None, args.wandb, vars(args)) as log:
         lacks = compiler_lacks(world.device)
@@ -576,16 +577,16 @@ def run_preset(argv, world):
             name = signal.Signals(stop).name
             log.say(f"stopped by {name} at step {run.step}; go on with --resume {args.run_dir}")
             return 128 + stop
-        if metrics is None or args.eval_limit:      # it was resumed at its end, or only a part was scored
+        if metrics is None or (args.eval_limit or len(test)) < len(test):   # resumed at its end; or a part
             metrics = evaluate(run, test, None)
         finish(run, test, log, metrics, time.time() - began)
     return 0
 
 
 def main(argv=None):
-    flag = flags().parse_args(argv)
     try:
-        world = start_world(flag.device, flag.dist_timeout)
+        args = flags().parse_args(argv)
+        world = start_world(args.device, args.dist_timeout)
         code = run_preset(argv, world)
     except (UserError, OSError):
         if int(os.environ.get("RANK", 0)):   # mostly rank 0 says the same, and then torchrun ends this one

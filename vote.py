@@ -1,7 +1,10 @@
 """ARC: the augmented copies of a task vote for its answers.
 
 A prediction is cropped, its augmentation undone; the input, undone the same way, names the test input that it
-votes for. """
+votes for.
+"""
+from itertools import chain
+
 import numpy as np
 
 from common import UserError, read_json
@@ -29,10 +32,10 @@ def key_grid(key):
     return np.frombuffer(key, np.uint8, offset=1).reshape(-1, key[0]).tolist() if key[0] else []
 
 
-def former_grids(tokens, augmentations):
-    """(N, 900) uint8 tokens, [(t, colours)] of N augmentations -> N keys of the grids before these."""
+def former_grids(tokens, parsed):
+    """(N, 900) uint8 tokens, N times what parse_name gives -> N keys of the grids before the augmentation."""
     keys = []
-    for board, height, width, (t, colours) in zip(tokens.reshape(-1, 30, 30), *crop(tokens), augmentations):
+    for board, height, width, (_, t, colours) in zip(tokens.reshape(-1, 30, 30), *crop(tokens), parsed):
         grid = dihedral(board[:height, :width], DIHEDRAL_INVERSE[t])
         # token -> colour of the augmented grid -> colour of the original one, by one table for all cells
         cells = grid.tobytes().translate(bytes.maketrans(colours.translate(TO_TOKEN), ORIGINAL))
@@ -58,51 +61,40 @@ class ArcVotes:
                 task = self.tasks.setdefault((name, grid_key(e["input"])), len(self.tasks))
                 right = grid_key(e["output"]) if "output" in e else None
                 self.tests.setdefault(name, []).append((task, right))
-        self.row, self.q, self.task, self.grid = [], [], [], []     # per vote; grid: a place in grids
-        self.grids = {}
+        self.votes, self.grids = [], {}     # (row, task, grid, sigmoid(q_halt)); equal grids are one object
 
     def add(self, inputs, preds, q_halt, identifiers, rows):
         """One batch of arrays: (B, 900) tokens twice, (B,) logits, (B,) rows of the puzzle table, 0 for
         padding, (B,) places in the test split (of equal candidates that of the first row wins).
 
-        Raises UserError when a row belongs to no test input.
-        """
+        Raises UserError when a row belongs to no test input."""
         real = np.flatnonzero(identifiers)
-        if not len(real):
-            return
-        names, *augmentations = zip(*(parse_name(self.identifiers[i]) for i in identifiers[real].tolist()))
-        augmentations = list(zip(*augmentations))
-        given, answers = (former_grids(a[real].astype(np.uint8), augmentations) for a in (inputs, preds))
-        for task, grid in zip(zip(names, given), answers):
-            if task not in self.tasks:
-                raise UserError(f"a row of the test split is no test input of puzzle {task[0]} in "
-                                f"test_puzzles.json: they were not built together; build both again with "
-                                f"prepare/arc.py")
-            self.task.append(self.tasks[task])
-            self.grid.append(self.grids.setdefault(grid, len(self.grids)))
-        self.row += rows[real].tolist()
-        self.q += np.exp(-np.logaddexp(0, -q_halt[real].astype(np.float64))).tolist()
+        parsed = [parse_name(self.identifiers[i]) for i in identifiers[real].tolist()]
+        given, answers = (former_grids(a[real].astype(np.uint8), parsed) for a in (inputs, preds))
+        sure = np.exp(-np.logaddexp(0, -q_halt[real].astype(np.float64)))   # sigmoid that cannot overflow
+        votes = zip(parsed, given, answers, rows[real].tolist(), sure.tolist())
+        for (name, _, _), key, grid, row, q in votes:
+            if (name, key) not in self.tasks:
+                raise UserError(f"a row of the test split is no test input of puzzle {name} in "
+                                f"test_puzzles.json: build both again with prepare/arc.py")
+            self.votes.append((row, self.tasks[name, key], self.grids.setdefault(grid, grid), q))
 
     def payload(self):
-        """What the other ranks need: per vote its row, test input, candidate (a place in grids),
-        sigmoid(q_halt)."""
-        return {"row": np.array(self.row, np.int64), "task": np.array(self.task, np.int32),
-                "grid": np.array(self.grid, np.int32), "grids": list(self.grids), "q": np.array(self.q)}
+        """What the other ranks need, to be pickled."""
+        return self.votes
 
     def merge(self, payloads):
         """Rank the candidates of every test input by (votes, mean sigmoid(q_halt)), ties in order of the
         rows."""
-        row, task, q = (np.concatenate([p[name] for p in payloads]) for name in ("row", "task", "q"))
-        keys = [p["grids"][i] for p in payloads for i in p["grid"].tolist()]
-        task, q, votes = task.tolist(), q.tolist(), [{} for _ in self.tasks]
-        for i in np.argsort(row, kind="stable").tolist():
-            tally = votes[task[i]].setdefault(keys[i], [0, 0.0])
+        tallies = [{} for _ in self.tasks]      # {grid: [votes, sum of sigmoid(q_halt)]}
+        for _, task, grid, q in sorted(chain(*payloads)):
+            tally = tallies[task].setdefault(grid, [0, 0.0])
             tally[0] += 1
-            tally[1] += q[i]
+            tally[1] += q
         self.ranked = []
-        for tallies in votes:
-            rank = {key: (n, total / n) for key, (n, total) in tallies.items()}
-            self.ranked.append(sorted(rank, key=rank.get, reverse=True))
+        for tally in tallies:
+            worth = {grid: (n, total / n) for grid, (n, total) in tally.items()}
+            self.ranked.append(sorted(worth, key=worth.get, reverse=True))
 
     def places(self):
         """Per puzzle with a known answer the places (from 0, inf: none) of the right outputs of its test
@@ -131,5 +123,3 @@ class ArcVotes:
             best = [[key_grid(key) for key in self.ranked[task][:2]] or [[[0]]] for task, _ in tests]
             answers[name] = [{"attempt_1": b[0], "attempt_2": b[-1]} for b in best]
         return answers
-
-

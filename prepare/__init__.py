@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from common import UserError
 
-HERE = Path(__file__).resolve().parent
 ARC2 = ("--subsets", "training2", "evaluation2", "concept", "--test-set-name", "evaluation2")
 
 
@@ -52,24 +51,23 @@ def known(folder):
 
 def command(builder, flags, folder):
     """The whole command that builds `folder`, to paste in the present working directory."""
-    script = HERE / f"{builder}.py"
+    script = Path(__file__).resolve().with_name(f"{builder}.py")
     script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
     return shlex.join(["python", str(script), *flags, "--output-dir", str(folder)])
 
 
 def recipe_flags(recipe):
     """(builder, flags) that recipe.json of a dataset of ours stands for, or None."""
-    if not isinstance(recipe, dict) or recipe.get("builder") not in ("sudoku", "maze", "arc"):
-        return None
-    if recipe["builder"] != "arc" and "name" not in recipe:
-        return None     # of November 2025 or before: its source is a short name, not what was typed
-    module = importlib.import_module(f"prepare.{recipe['builder']}")
-    defaults, flags = vars(module.flags().parse_args([])), []
-    for name, value in recipe.items():
-        if name in defaults and value != defaults[name]:
+    builder = board_kind([recipe])
+    if builder is None or builder != "arc" and "name" not in recipe:
+        return None     # of others, or of November 2025 and before: its source is not what was typed
+    parser, flags = importlib.import_module(f"prepare.{builder}").flags(), []
+    for name, default in vars(parser.parse_args([])).items():
+        value = recipe.get(name, default)
+        if value != default:
             words = value if isinstance(value, list) else [] if value is True else [value]
             flags += [f"--{name.replace('_', '-')}", *map(str, words)]
-    return recipe["builder"], flags
+    return builder, flags
 
 
 def must_exist(folders, recipes=None):
@@ -79,8 +77,8 @@ def must_exist(folders, recipes=None):
     for folder in map(str, folders):
         if Path(folder).exists():
             continue
-        dataset, recipe = known(folder), recipe_flags((recipes or {}).get(folder))
-        how = (dataset.builder, dataset.flags) if dataset else recipe
+        dataset, recipe = known(folder), (recipes or {}).get(folder)
+        how = (dataset.builder, dataset.flags) if dataset else recipe_flags(recipe)
         raise UserError(f"{folder} not found; " + (
             f"build it: {command(*how, folder)}" if how else
             "name another folder with --data, or build it: prepare/{sudoku,maze,arc}.py --help say how"))

@@ -4,42 +4,38 @@
     python -m prepare arc2                        # ARC-2
     python prepare/arc.py --source DIR --num-aug 8   # your own files
 
-DIR holds files of one of two layouts. Kaggle's: arc-agi_SUBSET_challenges.json,
-{id: {"train": [{input, output}], "test": [{input}]}}, and
-arc-agi_SUBSET_solutions.json, {id: [grid]}. That of fchollet/ARC-AGI:
-SUBSET/*.json or data/SUBSET/*.json, one task a file, with its outputs.
+DIR holds either Kaggle's files, arc-agi_SUBSET_challenges.json and, unless the
+subset is a hidden test set, arc-agi_SUBSET_solutions.json, or folders of tasks
+as fchollet/ARC-AGI has them, SUBSET/*.json or data/SUBSET/*.json.
 
 The examples of the test set's "train" key are trained on (TRM sees a puzzle
 only through its row of the puzzle table); its "test" key is what is scored.
-Where no file says its outputs, it is a hidden test set: the labels of its test
-rows are all ignored. Equal seeds give the bytes of the published builder: the
-order of the random draws is part of the format.
+Equal seeds give the bytes of the published builder: the order of the random
+draws is part of the format.
 """
 import hashlib
 import json
 import re
 import sys
 import urllib.request
-from argparse import Namespace
 from http.client import HTTPException
-from itertools import chain
-from operator import itemgetter
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import Parser, UserError, cli, progress, read_json, sha256, within, write, write_json
 from data import DIHEDRAL_INVERSE, building, dihedral, write_split
-from prepare import command, recipe_flags
 
 SIDE = 30                       # of the canvas; a token is 0 (empty), 1 (end line) or colour + 2
 CELLS = SIDE * SIDE
-KEYS = "train", "test"          # of a puzzle
-PREFIX = "arc-agi"
-REPOSITORY, FOLDER = "SamsungSAILMontreal/TinyRecursiveModels", "kaggle/combined"
+KEYS, PARTS = ("train", "test"), ("input", "output")        # of a puzzle, of an example
+AGAIN = "fetch it again"
 COMMIT = "e7b68717f0a6c4cbb4ce6fbef787b14f42083bd9"
+URL = f"https://raw.githubusercontent.com/SamsungSAILMontreal/TinyRecursiveModels/{COMMIT}/kaggle/combined"
 SHA256 = {
     "arc-agi_concept_challenges.json": "4e60bd1de956c2519c3236ba9f2c352c971d5971bfc568ceafa716dd9b1a91fd",
     "arc-agi_concept_solutions.json": "3ec5e95e416e49c85dac28475fc5b73f6998d13b7e91ff0219eee48881c327ee",
@@ -57,14 +53,13 @@ SHA256 = {
 # ---------------------------------------------------------------------------------------------
 # One grid: tokens and back, augmentation and back (evaluation uses these)
 
-def encode(grid, end_column=True):
+def encode(grid):
     """Grid (rows, columns) of colours 0..9 -> (900,) uint8 tokens, in the upper left corner of the canvas,
-    with a line of 1 below it and (unless end_column is false) right of it where the canvas has room."""
+    with a line of 1 below it and right of it where the canvas has room."""
     h, w = grid.shape
     canvas = np.zeros((SIDE, SIDE), np.uint8)
     canvas[h:h + 1, :w] = 1
-    if end_column:
-        canvas[:h, w:w + 1] = 1
+    canvas[:h, w:w + 1] = 1
     canvas[:h, :w] = grid + 2
     return canvas.reshape(-1)
 
@@ -88,9 +83,8 @@ def decode(tokens):
 
 
 # An augmentation is a dihedral transform t and the images of the colours 0..9 as ten bytes.
-ORIGINAL, TOKENS, DIGITS = bytes(range(10)), bytes(range(2, 12)), b"0123456789"
-TO_TOKEN, TO_DIGIT = bytes.maketrans(ORIGINAL, TOKENS), bytes.maketrans(ORIGINAL, DIGITS)
-FROM_DIGIT = bytes.maketrans(DIGITS, ORIGINAL)
+ORIGINAL, TOKENS = bytes(range(10)), bytes(range(2, 12))
+TO_TOKEN = bytes.maketrans(ORIGINAL, TOKENS)
 NAME = re.compile(r"(.*)\|\|\|t([0-7])\|\|\|([0-9]{10})")
 
 
@@ -105,56 +99,33 @@ def undo(grid, t, colours):
 
 
 def make_name(puzzle_id, t, colours):
-    return f"{puzzle_id}|||t{t}|||{colours.translate(TO_DIGIT).decode()}"
+    return f"{puzzle_id}|||t{t}|||{''.join(map(str, colours))}"
 
 
 def parse_name(name):
     """`id|||tT|||dddddddddd` -> id, T, images of the colours; a bare id is the original."""
     match = NAME.fullmatch(name)
-    if not match:
-        return name, 0, ORIGINAL
-    return match[1], int(match[2]), match[3].encode().translate(FROM_DIGIT)
+    return (match[1], int(match[2]), bytes(map(int, match[3]))) if match else (name, 0, ORIGINAL)
 
 
 # ---------------------------------------------------------------------------------------------
 # Reading
 
-class Subset(NamedTuple):
-    """What the files say of a subset."""
-    puzzles: dict       # {id: {"train": [{input, output}], "test": [{input, output}]}}, in their order
-    files: dict         # {name: sha256}
-    hidden: bool        # the outputs of "test" are unknown, and absent
-
-
-def this_command(args, **changes):
-    """The whole command of args (see flags) with some of them changed, for messages."""
-    args = Namespace(**{**vars(args), **changes})
-    flags = recipe_flags({"builder": "arc", **vars(args), "output_dir": None})
-    return command(*flags, args.output_dir or default_folder(args))
-
-
-def download(args, folder):
-    """Fetch the files of args.subsets that `folder` lacks, at the pinned commit. All must have their SHA256;
-    raises UserError."""
-    known = sorted({name.split("_")[1] for name in SHA256})
-    own = this_command(args, source="DIR")
-    if not set(args.subsets) <= set(known):
-        raise UserError(f"--subsets {' '.join(args.subsets)}: there are {' '.join(known)}; your own need "
-                        f"--source: {own}")
+def download(subsets, folder):
+    """Fetch the published files of `subsets` that `folder` lacks. Raises UserError when one is another."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [name for name in SHA256 if name.split("_")[1] in args.subsets]
+    names = [name for name in SHA256 if name.split("_")[1] in subsets]
     for name in names:
-        url, path = f"https://raw.githubusercontent.com/{REPOSITORY}/{COMMIT}/{FOLDER}/{name}", folder / name
-        there = path.exists()
+        path, there = folder / name, (folder / name).exists()
         try:
-            raw = path.read_bytes() if there else urllib.request.urlopen(url, timeout=60).read()
+            raw = path.read_bytes() if there else urllib.request.urlopen(f"{URL}/{name}", timeout=60).read()
         except (OSError, HTTPException) as e:
-            raise UserError(f"cannot fetch {url} ({e}); put {' '.join(names)} of that folder into {folder} "
-                            f"and start again, or into a folder DIR, then: {own}") from e
+            raise UserError(f"cannot fetch {URL}/{name} ({e}); put {' '.join(names)} of that folder into "
+                            f"{folder} and start again")
         digest = hashlib.sha256(raw).hexdigest()
         if digest != SHA256[name]:
-            cure = f"delete it, or use it as it is with --source {folder}" if there else "fetch it elsewhere"
-            raise UserError(f"{path if there else url}: sha256 {digest} is not {SHA256[name]}; {cure}")
+            raise UserError(f"{path}: sha256 {digest} is not {SHA256[name]}; put {URL}/{name} there, or name "
+                            f"a folder of your own files with --source")
         if not there:
             write(path, raw)
             print(f"fetched {path}")
@@ -179,88 +150,44 @@ def check_examples(puzzle, where):
                             f"least one {{input, output}}")
 
 
-def check_grids(puzzle, where, hidden):
-    """Raise UserError, naming `where`, unless all are grids. hidden: those of "test" have no outputs."""
-    for key in KEYS:
-        for i, example in enumerate(puzzle[key]):
-            check_grid(example.get("input"), f"{where}: input of {key} example {i}")
-            if hidden and key == "test":
-                example.pop("output", None)     # a null in some files
-            else:
-                check_grid(example.get("output"), f"{where}: output of {key} example {i}")
+def subset_files(source, subset):
+    """The files of a subset: Kaggle's one or two, or one of each task. Raises UserError."""
+    kaggle = [source / f"arc-agi_{subset}_{kind}.json" for kind in ("challenges", "solutions")]
+    if kaggle[0].exists():
+        return [path for path in kaggle if path.exists()]
+    tasks = sorted(source.glob(f"{subset}/*.json")) or sorted(source.glob(f"data/{subset}/*.json"))
+    if not tasks:
+        there = {path.name.split("_")[1] for path in source.glob("arc-agi_*_challenges.json")}
+        there |= {path.parent.name for path in source.glob("**/*.json") if path.parent != source}
+        raise UserError(f"{source} has neither {kaggle[0].name} nor {subset}/*.json; choose --subsets from "
+                        f"{' '.join(sorted(there)) or 'nothing'} there, or name another --source")
+    return tasks
 
 
-def read_puzzles(path):
-    """The {puzzle id: ...} of a file in Kaggle's layout. Raises UserError."""
-    value = read_json(path, "fetch it again")
-    if not isinstance(value, dict) or not value:
-        raise UserError(f"{path}: holds {json.dumps(value)[:60]}, not {{puzzle id: ...}}; give a file in "
-                        f"Kaggle's layout")
-    return value
+def is_hidden(puzzles):
+    """Whether no file says an output of a test example."""
+    return not any("output" in example for puzzle in puzzles.values() for example in puzzle["test"])
 
 
-def add_solutions(puzzles, path):
-    """Put the outputs of a solutions file into the test examples. Raises UserError."""
-    solutions = read_puzzles(path)
+def read_subset(files, subset, test_set):
+    """{id: puzzle} of the files of a subset. Only the one named test_set may be hidden. Raises UserError."""
+    kaggle = files[0].name.endswith("_challenges.json")
+    puzzles = read_json(files[0], AGAIN, dict) if kaggle else {f.stem: read_json(f, AGAIN) for f in files}
+    answers = read_json(files[1], AGAIN, dict) if kaggle and len(files) > 1 else {}
     for name, puzzle in puzzles.items():
-        where, answers = f"{path}: puzzle {name}", solutions.get(name)
-        if not isinstance(answers, list) or len(answers) != len(puzzle["test"]):
-            n = len(answers) if isinstance(answers, list) else "no"
-            raise UserError(f"{where} has {n} solutions for {len(puzzle['test'])} test inputs; add them or "
-                            f"remove the puzzle")
-        for i, example in enumerate(puzzle["test"]):
-            check_grid(answers[i], f"{where}: output of test example {i}")
-            example["output"] = answers[i]
-
-
-def subsets_in(source):
-    """The names of the subsets that a folder holds, in either layout."""
-    start, end = f"{PREFIX}_", "_challenges.json"
-    kaggle = {path.name[len(start):-len(end)] for path in source.glob(f"{start}*{end}")}
-    return sorted(kaggle | {path.parent.name for folder in (source, source / "data")
-                            for path in folder.glob("*/*.json")})
-
-
-def not_found(args, source, path):
-    """The error for a subset that the folder `source` lacks, with the whole command for what it holds."""
-    there = subsets_in(source)
-    if not there:
-        return UserError(f"{path} not found; {source} holds nothing in the layouts of --help; name another "
-                         f"folder with --source")
-    subsets = [subset for subset in args.subsets if subset in there] or there
-    scored = args.test_set_name if args.test_set_name in subsets else subsets[-1]
-    return UserError(f"{path} not found; add it, or choose --subsets from {' '.join(there)} there: "
-                     f"{this_command(args, subsets=subsets, test_set_name=scored)}")
-
-
-def load_subset(args, source, subset):
-    """The Subset of that name in the folder `source`, in either layout. Raises UserError."""
-    path, solutions = (source / f"{PREFIX}_{subset}_{kind}.json" for kind in ("challenges", "solutions"))
-    files = [path] if path.exists() else sorted((source / subset).glob("*.json"))
-    files = files or sorted((source / "data" / subset).glob("*.json"))
-    if not files:
-        raise not_found(args, source, path)
-    if path.exists():
-        puzzles, lacks = read_puzzles(path), f"{solutions} not found"
-        where = {name: f"{path}: puzzle {name}" for name in puzzles}
-    else:
-        puzzles, lacks = {}, f"{files[0].parent} has no outputs of test examples"
-        for file in files:
-            puzzles[file.stem] = read_json(file, "fetch it again")
-        where = {file.stem: f"{file}: puzzle {file.stem}" for file in files}
+        check_examples(puzzle, f"puzzle {name} of {subset}")
+        for example, output in zip(puzzle["test"], answers.get(name, [])):
+            example["output"] = output
+    hidden = is_hidden(puzzles)
+    if hidden and subset != test_set or not puzzles:
+        raise UserError(f"{files[0].parent} has no outputs of the test examples of {subset}; add "
+                        f"arc-agi_{subset}_solutions.json, leave {subset} out, or make it --test-set-name")
     for name, puzzle in puzzles.items():
-        check_examples(puzzle, where[name])
-    if path.exists() and solutions.exists():
-        add_solutions(puzzles, solutions)
-        files.append(solutions)
-    hidden = all(e.get("output") is None for puzzle in puzzles.values() for e in puzzle["test"])
-    if hidden and subset != args.test_set_name:
-        there = " ".join(subsets_in(source))
-        raise UserError(f"{lacks}; add it, leave {subset} out ({there} there), or make it the hidden test "
-                        f"set: {this_command(args, test_set_name=subset)}")
-    for name, puzzle in puzzles.items():
-        check_grids(puzzle, where[name], hidden)
-    return Subset(puzzles, {str(file.relative_to(source)): sha256(file) for file in files}, hidden)
+        for key, part in product(KEYS, PARTS):
+            known = [] if hidden and (key, part) == ("test", "output") else puzzle[key]
+            for i, example in enumerate(known):
+                check_grid(example.get(part), f"puzzle {name} of {subset}: {part} of {key} example {i}")
+    return puzzles
 
 
 # ---------------------------------------------------------------------------------------------
@@ -268,12 +195,9 @@ def load_subset(args, source, subset):
 
 class Group(NamedTuple):
     """A puzzle in all its augmentations, with the examples that one split has of it."""
-    puzzle_id: str
+    names: list         # in the puzzle table; the first is the puzzle's id
     augs: list          # [(t, images of the colours)], the original first
     examples: list      # [(input, output)], arrays (rows, columns) of colours; an unknown output has no cells
-
-    def names(self):
-        return [self.puzzle_id] + [make_name(self.puzzle_id, t, colours) for t, colours in self.augs[1:]]
 
 
 def augmentations(examples, num_aug, rng):
@@ -286,18 +210,13 @@ def augmentations(examples, num_aug, rng):
         return bytes([grid.shape[0] + 10, grid.shape[1] + 10]) + grid.tobytes()
 
     turned = [[blob(dihedral(a, t)) + blob(dihedral(b, t)) for a, b in examples] for t in range(8)]
-    occurring = {byte for byte in b"".join(turned[0]) if 0 < byte < 10}
-    images = itemgetter(0, *occurring)          # what an augmentation does to the colours that occur
-    kept, tried, seen = [(0, ORIGINAL)], {(0, images(ORIGINAL))}, {tuple(sorted(turned[0]))}
+    kept, seen = [(0, ORIGINAL)], {tuple(sorted(turned[0]))}
     for _ in range(5 * num_aug):
         if len(kept) > num_aug:
             break
         t, colours = rng.randint(8), list(range(1, 10))
         rng.shuffle(colours)
         colours = bytes([0, *colours])
-        if (t, images(colours)) in tried:       # half of all: equal without a look at the grids
-            continue
-        tried.add((t, images(colours)))
         table = bytes.maketrans(ORIGINAL, colours)
         puzzle = tuple(sorted(pair.translate(table) for pair in turned[t]))
         if puzzle not in seen:
@@ -306,20 +225,19 @@ def augmentations(examples, num_aug, rng):
     return kept
 
 
-class Sheet:
-    """A grid encoded once, to be moved about the canvas often."""
+def places(grid):
+    """(31, 31, 30, 30) tokens, a view: [30 - down, 30 - right] is the canvas with the grid in row `down`,
+    column `right`. What stands over the edge is cut off, as end lines do where there is no room."""
+    plane = np.zeros((2 * SIDE, 2 * SIDE), np.uint8)
+    plane[SIDE:, SIDE:] = encode(grid).reshape(SIDE, SIDE)
+    return sliding_window_view(plane, (SIDE, SIDE))
 
-    def __init__(self, grid):
-        self.height, self.width = grid.shape
-        # a slice of 900 that begins s cells before the end of the zeros is the canvas moved on by s cells
-        self.ended = bytes(CELLS) + encode(grid).tobytes()
-        self.open = bytes(CELLS) + encode(grid, end_column=False).tobytes()
 
-    def moved(self, down, right):
-        """The canvas (900 bytes) with the grid in row `down`, column `right`."""
-        start = CELLS - SIDE * down - right
-        # at the right edge there is no room for the end column: it would stand in the next row
-        return (self.open if right + self.width == SIDE else self.ended)[start:start + CELLS]
+def sheet(pair, t):
+    """Rows and columns that both grids of a pair fill when turned by t, and the places of either."""
+    a, b = (dihedral(grid, t) for grid in pair)
+    rows, columns = map(max, a.shape, b.shape)
+    return rows, columns, places(a), places(b)
 
 
 def render(examples, augs, pads, rng):
@@ -328,18 +246,18 @@ def render(examples, augs, pads, rng):
     With pads all examples of a puzzle but one are moved at random, input and output alike. rng: numpy
     RandomState.
     """
-    sheets = [[(Sheet(dihedral(a, t)), Sheet(dihedral(b, t))) for a, b in examples] for t in range(8)]
+    sheets = [[sheet(pair, t) for pair in examples] for t in range(8)]
     inputs, labels = [], []
     for t, colours in augs:
         fixed = rng.randint(len(examples))
         rows_in, rows_out = [], []
-        for i, (a, b) in enumerate(sheets[t]):
+        for i, (rows, columns, places_in, places_out) in enumerate(sheets[t]):
             down = right = 0
             if pads and i != fixed:
-                down = rng.randint(SIDE + 1 - max(a.height, b.height))
-                right = rng.randint(SIDE + 1 - max(a.width, b.width))
-            rows_in.append(a.moved(down, right))
-            rows_out.append(b.moved(down, right))
+                down, right = rng.randint(SIDE + 1 - rows), rng.randint(SIDE + 1 - columns)
+            place = SIDE - down, SIDE - right
+            rows_in.append(places_in[place].tobytes())
+            rows_out.append(places_out[place].tobytes())
         table = bytes.maketrans(TOKENS, colours.translate(TO_TOKEN))
         inputs.append(b"".join(rows_in).translate(table))
         labels.append(b"".join(rows_out).translate(table))
@@ -347,7 +265,43 @@ def render(examples, augs, pads, rng):
 
 
 # ---------------------------------------------------------------------------------------------
-# Writing
+# The dataset
+
+def augmented(args, subsets, rng):
+    """The Groups of train and those of test. subsets: {name: {id: puzzle}}, in the order of the draws."""
+    train, test = [], []
+    for subset, puzzles in subsets.items():
+        puzzles = list(puzzles.items())
+        rng.shuffle(puzzles)
+        for name, puzzle in progress(puzzles, desc=f"augment {subset}", unit="puzzle"):
+            pairs = {key: [arrays(example) for example in puzzle[key]] for key in puzzle if key in KEYS}
+            augs = augmentations(pairs["train"] + pairs["test"], args.num_aug, rng)
+            names = [name] + [make_name(name, *aug) for aug in augs[1:]]
+            if subset == args.test_set_name:
+                train.append(Group(names, augs, pairs["train"]))
+                test.append(Group(names, augs, pairs["test"]))
+            else:       # all are trained on, in the puzzle's own key order
+                train.append(Group(names, augs, list(chain.from_iterable(pairs.values()))))
+    return train, test
+
+
+def arrays(example):
+    """Its input and output; an unknown output has no cells."""
+    unknown = np.zeros((0, 0), np.uint8)
+    return tuple(np.array(example[part], np.uint8) if part in example else unknown for part in PARTS)
+
+
+def warn_of_leaks(train, test):
+    """Say how many test pairs, unaugmented, are also trained on. Both: lists of Groups."""
+    def pairs(groups):
+        return [str([grid.tolist() for grid in pair]) for group in groups for pair in group.examples]
+
+    trained, tested = set(pairs(train)), pairs(test)
+    leaked = sum(pair in trained for pair in tested)
+    if leaked:
+        print(f"warning: {leaked} of {len(tested)} test pairs also stand in the training split: their score "
+              f"is memory", file=sys.stderr)
+
 
 def write_arc_split(folder, groups, ids, pads, rng):
     """ids: {name: row of the puzzle table}."""
@@ -365,82 +319,12 @@ def write_arc_split(folder, groups, ids, pads, rng):
                 f.writelines(rows)
     write_split(folder, {
         "inputs": None, "labels": None,
-        "puzzle_identifiers": np.array([ids[name] for group in groups for name in group.names()], np.int32),
+        "puzzle_identifiers": np.array([ids[name] for group in groups for name in group.names], np.int32),
         "puzzle_indices": np.concatenate([[0], examples.cumsum()]).astype(np.int32),
         "group_indices": np.concatenate([[0], np.cumsum(puzzles)]).astype(np.int32),
     }, vocab_size=12, num_identifiers=len(ids) + 1)
     print(f"{folder.name}: {len(groups):,} groups, {len(examples):,} puzzles, {n:,} examples")
 
-
-def warn_of_leaks(train, test):
-    """Say how many test pairs, unaugmented, are also trained on. Both: lists of Groups."""
-    def content(pair):
-        return [(grid.shape, grid.tobytes()) for grid in pair]
-
-    trained = {str(content(pair)) for group in train for pair in group.examples}
-    scored = [(group.puzzle_id, str(content(pair))) for group in test for pair in group.examples]
-    leaked = [name for name, pair in scored if pair in trained]
-    if leaked:
-        some = " ".join(sorted(set(leaked))[:8])
-        print(f"warning: {len(leaked)} of {len(scored)} test pairs (of {some} ...) also stand in the training"
-              f" split: their score is memory", file=sys.stderr)
-
-
-def array_of(grid):
-    return np.zeros((0, 0), np.uint8) if grid is None else np.array(grid, np.uint8)
-
-
-def augmented(args, subsets, rng):
-    """The Groups of train and those of test. subsets: {name: Subset}, in the order of the draws."""
-    train, test = [], []
-    for subset, content in subsets.items():
-        puzzles = list(content.puzzles.items())
-        rng.shuffle(puzzles)
-        for name, puzzle in progress(puzzles, desc=f"augment {subset}", unit="puzzle"):
-            pairs = {key: [(array_of(e["input"]), array_of(e.get("output"))) for e in puzzle[key]]
-                     for key in puzzle if key in KEYS}          # in the puzzle's own key order
-            augs = augmentations(pairs["train"] + pairs["test"], args.num_aug, rng)
-            if subset == args.test_set_name:
-                train.append(Group(name, augs, pairs["train"]))
-                test.append(Group(name, augs, pairs["test"]))
-            else:
-                train.append(Group(name, augs, list(chain.from_iterable(pairs.values()))))
-    return train, test
-
-
-def default_folder(args):
-    arc = "arc2" if args.test_set_name == "evaluation2" else "arc1"
-    return f"data/{arc}concept-aug-{args.num_aug}"
-
-
-def build(args, source):
-    """Write the dataset that args (see flags) describe, from the folder `source`. Raises UserError."""
-    rng = np.random.RandomState(args.seed)
-    subsets = {name: load_subset(args, source, name) for name in args.subsets}  # all before the first draw
-    scored = subsets[args.test_set_name]
-    train, test = augmented(args, subsets, rng)
-    warn_of_leaks(train, test)
-    ids = {}
-    for group in train + test:
-        for name in group.names():
-            ids.setdefault(name, len(ids) + 1)
-    digests = chain.from_iterable(subset.files.items() for subset in subsets.values())
-    recipe = {"builder": "arc", **vars(args), "hidden_test_set": scored.hidden,
-              "source_sha256": dict(digests)}
-    del recipe["output_dir"]        # where it lies is not what it is
-    with building(args.output_dir or default_folder(args)) as tmp:
-        write_arc_split(tmp / "train", train, ids, True, rng)
-        write_arc_split(tmp / "test", test, ids, False, rng)
-        write_json(tmp / "identifiers.json", ["<blank>", *ids])
-        write_json(tmp / "test_puzzles.json", {g.puzzle_id: scored.puzzles[g.puzzle_id] for g in test})
-        write_json(tmp / "recipe.json", recipe)
-    print(f"{len(ids) + 1:,} rows in the puzzle table (num_puzzle_identifiers)")
-    if scored.hidden:
-        print(f"{args.test_set_name} is a hidden test set, without outputs: it is answered, but not scored")
-
-
-# ---------------------------------------------------------------------------------------------
-# The command
 
 def flags():
     parser = Parser(__doc__)
@@ -459,13 +343,35 @@ def flags():
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    if args.test_set_name not in args.subsets or len(set(args.subsets)) < len(args.subsets):
+    scored = args.test_set_name
+    if scored not in args.subsets or len(set(args.subsets)) < len(args.subsets):
         raise UserError(f"--subsets {' '.join(args.subsets)}: must name each subset once, --test-set-name "
-                        f"{args.test_set_name} among them")
+                        f"{scored} among them")
     source = Path("data/arc-source" if args.source == "download" else args.source)
     if args.source == "download":
-        download(args, source)
-    build(args, source)
+        download(args.subsets, source)
+    files = {subset: subset_files(source, subset) for subset in args.subsets}
+    subsets = {subset: read_subset(paths, subset, scored) for subset, paths in files.items()}
+    rng = np.random.RandomState(args.seed)
+    train, test = augmented(args, subsets, rng)
+    warn_of_leaks(train, test)
+    ids = {}
+    for name in chain.from_iterable(group.names for group in train + test):
+        ids.setdefault(name, len(ids) + 1)
+    puzzles, hidden = subsets[scored], is_hidden(subsets[scored])
+    digests = {str(path.relative_to(source)): sha256(path) for path in chain(*files.values())}
+    recipe = {"builder": "arc", **vars(args), "hidden_test_set": hidden, "source_sha256": digests}
+    del recipe["output_dir"]        # where it lies is not what it is
+    arc = "arc2" if scored == "evaluation2" else "arc1"
+    with building(args.output_dir or f"data/{arc}concept-aug-{args.num_aug}") as tmp:
+        write_arc_split(tmp / "train", train, ids, True, rng)
+        write_arc_split(tmp / "test", test, ids, False, rng)
+        write_json(tmp / "identifiers.json", ["<blank>", *ids])
+        write_json(tmp / "test_puzzles.json", {group.names[0]: puzzles[group.names[0]] for group in test})
+        write_json(tmp / "recipe.json", recipe)
+    print(f"{len(ids) + 1:,} rows in the puzzle table (num_puzzle_identifiers)")
+    if hidden:
+        print(f"{scored} is a hidden test set, without outputs: it is answered, but not scored")
 
 
 if __name__ == "__main__":

@@ -1,286 +1,222 @@
-"""What sudoku.py and maze.py share: generating boards, reading CSV files, splits, overlap, flags."""
-import codecs
+"""What sudoku.py and maze.py share: flags, generating boards, reading CSV files, overlap of the splits."""
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
+from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError, progress, sha256, within
+from common import Parser, UserError, one_line, progress, sha256, within
 from prepare import command, recipe_flags
 
-
-def generate(make, num_train, num_test):
-    """Call make() -> question, answer, kinship for different boards: {"train": (2, N, S), "test": ...}.
-
-    Kinship alone decides which split a board belongs to, so that no symmetry maps a test board onto a
-    training board. Raises UserError when too few different boards turn up.
-    """
-    want, splits, seen = {"train": num_train, "test": num_test}, {"train": [], "test": []}, set()
-    total = num_train + num_test
-    with progress(total=total, desc="generating", unit=" boards") as bar:
-        for _ in range(20 * total + 1000):
-            question, answer, kin = make()
-            split = "train" if kin % total < num_train else "test"
-            if len(splits[split]) < want[split] and question.tobytes() not in seen:
-                seen.add(question.tobytes())
-                splits[split].append((question, answer))
-                bar.update()
-            if len(seen) == total:
-                return {split: np.array(pairs).swapaxes(0, 1) for split, pairs in splits.items()}
-    raise UserError(f"--num-train {num_train} and --num-test {num_test}: only {len(seen)} different boards "
-                    f"were found in {20 * total + 1000} tries; ask for fewer or for a larger --size")
+FEW = 50_000        # boards whose symmetric forms are compared, too, which takes some 30 us each
 
 
-# ---------------------------------------------------------------------------------------------
-# CSV files
-
-QUESTION = "question", "questions", "puzzle", "puzzles", "quiz", "quizzes"
-ANSWER = "answer", "answers", "solution", "solutions"
-RATING = "rating", "ratings", "difficulty"
-PUBLISHED = ["source", "question", "answer", "rating"]
-UTF8_MARK = codecs.BOM_UTF8.decode("latin-1")
-ROWS = 20_000       # that are turned into tokens at once
-
-
-class Language(NamedTuple):
-    """How boards are written in a CSV, and which of them are right."""
-    alphabet: dict          # {character: token}
-    lengths: list           # numbers of cells that a board may have
-    right: Callable         # (questions (N, S), answers (N, S)) -> (N,) bool
-
-
-def encoding_of(path):
-    """latin-1 takes any byte, and only ASCII matters here; UTF-16, as Windows may write it, needs its own."""
-    with open(path, "rb") as f:
-        return "utf-16" if f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin-1"
-
-
-class BoardFile:
-    """A CSV file of boards of one size.
-
-    The first line names the columns, in any order and among others; without names it must be a board itself.
-    Commas, semicolons or tabs stand between columns. Empty lines and spaces around a board do not matter.
-    """
-
-    def __init__(self, path, language, min_difficulty=None):
-        self.path, self.language, self.min_difficulty = path, language, min_difficulty
-        self.names = None                                       # of the columns, once the first line is read
-        self.question = self.answer = self.rating = None        # numbers of columns
-        self.S = None                                           # cells of a board
-
-    def bad(self, line, what):
-        return UserError(f"{self.path} line {line}: {what}")
-
-    def read(self):
-        """Questions and answers as tokens (2, N, S) uint8. Raises csv.Error and UserError, with the line."""
-        parts, encoding = [], encoding_of(self.path)
-        with (open(self.path, newline="", encoding=encoding, errors="replace") as f,
-              progress(desc="reading", unit=" rows") as bar):
-            rows = self.rows(f)
-            while chunk := list(islice(rows, ROWS)):
-                parts.append(self.tokens(*zip(*chunk)))
-                bar.update(len(chunk))
-        if not parts:
-            raise UserError(f"{self.path} has no rows " + (
-                f"with a rating of {self.min_difficulty} or more; lower --min-difficulty" if self.S else
-                "below its header; fetch it again"))
-        return np.concatenate(parts, axis=1)
-
-    def rows(self, f):
-        """Yield (line, question, answer) of the boards of an open file that are difficult enough."""
-        start = len(UTF8_MARK) if f.read(len(UTF8_MARK)) == UTF8_MARK else 0
-        f.seek(start)
-        first = next((line for line in f if line.strip()), "")
-        f.seek(start)
-        skip = " " not in self.language.alphabet        # a maze may begin with a free cell, which is a space
-        reader = csv.reader(f, delimiter=max(",;\t", key=first.count), skipinitialspace=skip)
-        for row in reader:
-            if not "".join(row).strip():
-                continue
-            if self.names is None and self.is_header(reader.line_num, row):
-                continue
-            if len(row) != len(self.names) or not len(row[self.question]) == len(row[self.answer]) == self.S:
-                row = self.tidy(reader.line_num, row)
-            if self.min_difficulty is None or self.difficulty(reader.line_num, row) >= self.min_difficulty:
-                yield reader.line_num, row[self.question], row[self.answer]
-
-    def is_header(self, line, row):
-        """Find the columns by the first row: by its names, or, when it is a board itself, by its contents."""
-        names = [name.strip().lower() for name in row]
-        self.question, self.answer, self.rating = (
-            next((names.index(n) for n in kind if n in names), None) for kind in (QUESTION, ANSWER, RATING))
-        named = self.question is not None and self.answer is not None
-        pair = [] if named else [i for i, cell in enumerate(map(self.board, row)) if self.is_board(cell)]
-        if len(pair) == 2:
-            self.question, self.answer = pair
-            published = pair == [1, 2] and len(row) == len(PUBLISHED)
-            self.rating = 3 if published else None
-            names = PUBLISHED if published else [f"column {i + 1}" for i in range(len(row))]
-        elif not named:
-            shown = ", ".join(cell.strip()[:20] for cell in row[:8])
-            raise self.bad(line, f"{shown!r} names no column question or none answer; begin the file with a "
-                                 "line that names both (puzzle, quizzes, solution, difficulty will do)")
-        if self.rating is None and self.min_difficulty is not None:
-            raise self.bad(line, f"no column is named {' or '.join(RATING)}, which --min-difficulty "
-                                 f"{self.min_difficulty} needs; name it, or leave --min-difficulty out")
-        self.names = names
-        return named
-
-    def is_board(self, cell):
-        return len(cell) in self.language.lengths and set(cell) <= self.language.alphabet.keys()
-
-    def board(self, cell):
-        """A cell without the spaces around it, unless its length is right with them: a maze may have some."""
-        fits = len(cell) in self.language.lengths if self.S is None else len(cell) == self.S
-        return cell if fits else cell.strip()
-
-    def tidy(self, line, row):
-        """A row with boards of the right length. Raises UserError when it has none."""
-        if len(row) == len(self.names):
-            row = [self.board(cell) if i in (self.question, self.answer) else cell
-                   for i, cell in enumerate(row)]
-            length = len(row[self.question])
-            if self.S is None and length in self.language.lengths:
-                self.S = length
-            if self.S == length == len(row[self.answer]):
-                return row
-        lengths = self.language.lengths
-        want = self.S or ", ".join(map(str, lengths[:3])) + " .." * (len(lengths) > 3)
-        raise self.bad(line, f"columns of {[len(cell) for cell in row]} characters; need "
-                             f"{', '.join(self.names)}, with {want} in {self.names[self.question]} and "
-                             f"{self.names[self.answer]}; correct the row")
-
-    def difficulty(self, line, row):
-        try:
-            rating = float(row[self.rating])
-        except ValueError:
-            rating = float("nan")
-        if rating != rating:        # a row that is lost for its rating must be lost with a word
-            raise self.bad(line, f"rating {row[self.rating]!r} is no whole number (nor a decimal one), which "
-                                 f"--min-difficulty needs; correct the row")
-        return rating
-
-    def tokens(self, lines, questions, answers):
-        """Tokens (2, n, S) of n boards as text. Raises UserError for foreign characters and wrong answers."""
-        alphabet, table = self.language.alphabet, np.zeros(256, np.uint8)
-        for character, token in alphabet.items():
-            table[ord(character)] = token
-        text = "".join(questions + answers).encode("latin-1", "replace")
-        boards = table[np.frombuffer(text, np.uint8)].reshape(2, len(lines), self.S)
-        wrong = (boards == 0).any((0, 2)) | ~self.language.right(*boards)
-        if wrong.any():
-            i = int(wrong.argmax())
-            odd = [c for c in questions[i] + answers[i] if c not in alphabet]
-            raise self.bad(lines[i], f"character {odd[0]!r} is none of {''.join(alphabet)!r}; correct the row"
-                           if odd else "the answer contradicts the question or breaks the rules; correct or "
-                                       "remove the row")
-        return boards
-
-
-# ---------------------------------------------------------------------------------------------
-# Splits
-
-def fetch(repo, names, cure):
-    """{split: path} of the files {split: name} of a dataset on the hub, or in its cache. Raises UserError."""
-    import huggingface_hub  # only here, so that nothing else needs it
-    try:
-        return {split: Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset"))
-                for split, name in names.items()}
-    except (OSError, ValueError) as e:
-        raise UserError(f"dataset {repo} cannot be fetched ({type(e).__name__}); put train.csv and test.csv "
-                        f"of https://huggingface.co/datasets/{repo} into a folder DIR, then: {cure}") from e
-
-
-def read_splits(args, repo, rng, language, cure):
-    """{"train": (2, N, S), "test": ...} of --source, and {file: sha256}. Raises UserError.
-
-    A single file is divided by rng. cure: the whole command for files that the user fetched himself."""
-    names = {"train": "train.csv", "test": "test.csv"}
-    if args.source == "hf":
-        paths = fetch(repo, names, cure)
-    elif args.source.endswith(".csv"):
-        paths = {"all": Path(args.source)}
-    else:
-        paths = {split: Path(args.source, name) for split, name in names.items()}
-    for path in paths.values():
-        if not path.is_file():
-            raise UserError(f"{path} not found; --source is hf, generate, FILE.csv or a folder that holds "
-                            f"train.csv and test.csv")
-    try:
-        splits = {split: BoardFile(path, language, getattr(args, "min_difficulty", None)).read()
-                  for split, path in paths.items()}
-    except csv.Error as e:
-        raise UserError(f"{args.source} is no CSV file ({e}); see --help for what it must hold") from e
-    if "all" in splits:
-        boards, n = splits.pop("all"), args.num_test
-        if boards.shape[1] <= n:
-            raise UserError(f"{args.source} has {boards.shape[1]} boards, all of them for --num-test {n}; "
-                            f"lower it")
-        order = rng.permutation(boards.shape[1])
-        splits = {"train": boards[:, np.sort(order[n:])], "test": boards[:, np.sort(order[:n])]}
-    S = [boards.shape[2] for boards in splits.values()]
-    if S[0] != S[1]:
-        raise UserError(f"{args.source}: boards of {S[0]} cells in train.csv and {S[1]} in test.csv; make "
-                        f"them equal")
-    return splits, {path.name: sha256(path) for path in paths.values()}
-
-
-def subsample(rng, boards, n):
-    """n of the boards (2, N, S), drawn without replacement; all of them, in order, when n is None or N."""
-    total = boards.shape[1]
-    if n is not None and n > total:
-        raise UserError(f"--subsample-size {n} is more than the {total} training boards; ask for at most "
-                        f"{total}")
-    return boards if n in (None, total) else boards[:, rng.choice(total, n, replace=False)]
-
-
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)
-
-
-def warn_of_leaks(train, test, kinship, many=50_000):
-    """Say how many test boards are trained on, as they are or in another form. train, test: (2, N, S).
-
-    kinship(questions, answers) -> N integers, equal for the forms of a board. That takes some 30 us a board,
-    so that more than `many` are compared only as they are.
-    """
-    tested = {question.tobytes() for question in test[0]}
-    shared = tested.intersection(question.tobytes() for question in train[0])
-    exact = np.array([question.tobytes() in shared for question in test[0]])
-    if exact.any():
-        warn(f"{exact.sum()} of {len(exact)} test boards also stand in the training split: their score is "
-             f"memory")
-    if train.shape[1] + test.shape[1] <= many:
-        moved = np.isin(kinship(*test), kinship(*train)) & ~exact
-        if moved.any():
-            warn(f"{moved.sum()} of {len(moved)} test boards stand in the training split in another form, as "
-                 f"turned, mirrored or renamed")
+class Game(NamedTuple):
+    """What tells Sudokus from mazes in here."""
+    builder: str            # prepare/BUILDER.py
+    repo: str               # of the published boards on the hub
+    published: str          # their name in that of the default folder
+    alphabet: dict          # {character: token} in CSV files
+    sizes: Iterable         # rows = columns that a board may have
+    right: Callable         # (questions (N, S), answers (N, S), size) -> (N,) bool
+    kinship: Callable       # the same -> N integers, equal for the symmetric forms of a board
 
 
 # ---------------------------------------------------------------------------------------------
 # Flags
 
-def add_flags(parser, repo):
-    """The flags that sudoku.py and maze.py share."""
+def flags(description, game):
+    """A parser with the flags that both builders have."""
+    parser = Parser(description)
     add = parser.add_argument
     add("--source", default="hf",
-        help=f"hf ({repo}), generate, a folder of train.csv and test.csv, or FILE.csv")
+        help=f"hf ({game.repo}), generate, a folder of train.csv and test.csv, or FILE.csv")
     add("--num-train", type=within(int, 1, 10 ** 7), default=1000, metavar="N", help="generate N")
     add("--num-test", type=within(int, 1, 10 ** 7), default=1000, metavar="N",
         help="generate N, or hold out N of FILE.csv")
     add("--subsample-size", type=within(int, 1), metavar="N", help="N random training boards; without, all")
+    add("--min-difficulty", type=int, metavar="R", help="only rows of rating R or more; without, all")
     add("--seed", type=within(int, 0, 2 ** 32 - 1), default=0, metavar="N", help="of every draw")
+    add("--output-dir", metavar="DIR", help=f"without, data/{game.builder}-{game.published} or the like")
+    return parser
 
 
-def recipe(builder, args, **facts):
-    """What identifies the data: every flag as typed but --output-dir, and facts, as the sha256 of files."""
-    return {"builder": builder, **{k: v for k, v in vars(args).items() if k != "output_dir"}, **facts}
+def source_name(args, game):
+    """The source in the name of the default folder."""
+    short = {"hf": game.published, "generate": f"{args.size}x{args.size}"}
+    return short.get(args.source) or Path(args.source).absolute().stem
 
 
-def from_folder(builder, args, folder):
-    """The command that builds the same `folder` from files that lie in a folder DIR."""
-    return command(*recipe_flags(recipe(builder, args, name=folder.name) | {"source": "DIR"}), folder)
+# ---------------------------------------------------------------------------------------------
+# Generating
+
+def generate(make, num_train, num_test):
+    """Call make() -> question, answer, kinship for different boards: [training, test], each (2, N, S).
+
+    Kinship alone decides which of the two a board belongs to, so that no symmetry maps a test board onto a
+    training board. Raises UserError when too few different boards turn up.
+    """
+    total, wanted, found = num_train + num_test, (num_train, num_test), ({}, {})
+    with progress(total=total, desc="generating", unit=" boards") as bar:
+        for _ in range(20 * total + 1000):
+            question, answer, kin = make()
+            split = int(kin % total >= num_train)
+            boards, key = found[split], question.tobytes()
+            if len(boards) < wanted[split] and key not in boards:
+                boards[key] = question, answer
+                bar.update()
+            if sum(map(len, found)) == total:
+                return [np.array(list(boards.values())).swapaxes(0, 1) for boards in found]
+    raise UserError(f"--num-train {num_train} and --num-test {num_test}: {sum(map(len, found))} different "
+                    f"boards in {20 * total + 1000} tries; ask for fewer or for a larger --size")
+
+
+# ---------------------------------------------------------------------------------------------
+# CSV files
+
+SAME = {"questions": "question", "puzzle": "question", "puzzles": "question", "quiz": "question",
+        "quizzes": "question", "answers": "answer", "solution": "answer", "solutions": "answer",
+        "ratings": "rating", "difficulty": "rating"}
+
+
+def tokens_of(question, answer, lengths, table):
+    """Tokens (2 * S bytes) of two cells of a CSV. Raises ValueError unless both have S of `lengths`."""
+    # a space at an end of a maze is a free cell, unless it is one too many
+    boards = [cell if len(cell) in lengths else cell.strip() for cell in (question, answer)]
+    S, other = map(len, boards)
+    if S != other or S not in lengths:
+        some = ", ".join(map(str, sorted(lengths)[:3]))
+        raise ValueError(f"boards of {S} and {other} characters; need {some}{' ..' * (len(lengths) > 3)}")
+    text = "".join(boards)
+    tokens = text.encode("latin-1", "replace").translate(table)
+    if 0 in tokens:
+        raise ValueError(f"character {text[tokens.index(0)]!r} stands for nothing")
+    return tokens
+
+
+def csv_rows(f, game, lengths, min_difficulty):
+    """Yield line and tokens (2 * S bytes, question and answer) of the rows of an open file that are difficult
+    enough. lengths: numbers of cells that a board may have. Raises UserError."""
+    first = next((line for line in f if line.strip()), "")
+    f.seek(0)
+    skip = " " not in game.alphabet         # as a free cell of a maze is
+    reader = csv.reader(f, delimiter=max(",;\t", key=first.count), skipinitialspace=skip)
+    rows = (row for row in reader if "".join(row).strip())
+    names = [name.strip().lower() for name in next(rows, [])]
+    names = [SAME.get(name, name) for name in names]
+    needed = ["question", "answer"] if min_difficulty is None else ["question", "answer", "rating"]
+    if not set(needed) <= set(names):
+        raise UserError(f"{f.name}: {first.strip()[:60]!r} does not name the columns {', '.join(needed)}; "
+                        f"begin the file with a line that does (puzzle, solution, difficulty will do)")
+    question, answer, *rating = map(names.index, needed)
+    table = bytes(game.alphabet.get(chr(i), 0) for i in range(256))
+    for row in rows:
+        try:
+            if len(row) != len(names):
+                raise ValueError(f"{len(row)} columns; need {len(names)}, as in the first line")
+            tokens = tokens_of(row[question], row[answer], lengths, table)
+            easy = rating and float(row[rating[0]]) < min_difficulty
+        except ValueError as e:
+            raise bad_row(f.name, reader.line_num, e)
+        lengths = {len(tokens) // 2}        # the first row decides for all
+        if not easy:
+            yield reader.line_num, tokens
+
+
+def bad_row(path, line, what):
+    return UserError(f"{path} line {line}: {what}; correct or remove the row")
+
+
+def read_csv(path, game, lengths, min_difficulty):
+    """Questions and answers as tokens (2, N, S) uint8. Raises UserError, with the line."""
+    parts = []
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
+        rows = iter(progress(csv_rows(f, game, lengths, min_difficulty), desc="reading", unit=" rows"))
+        while chunk := list(islice(rows, 20_000)):      # checking all at once would take 10 times the memory
+            lines, tokens = zip(*chunk)
+            boards = np.frombuffer(b"".join(tokens), np.uint8).reshape(len(lines), 2, -1).swapaxes(0, 1)
+            right = game.right(*boards, isqrt(boards.shape[2]))
+            if not right.all():
+                wrong = lines[right.argmin()]
+                raise bad_row(path, wrong, "the answer contradicts the question or breaks the rules")
+            parts.append(boards)
+    if not parts:
+        limit = "" if min_difficulty is None else f" of --min-difficulty {min_difficulty} or more"
+        raise UserError(f"{path} has no boards{limit}; name another file or a lower limit")
+    return np.concatenate(parts, axis=1)
+
+
+def read_source(args, game):
+    """Paths and boards (2, N, S) of train.csv and test.csv, or of one file to divide. Raises UserError."""
+    source, names = args.source, ["train.csv", "test.csv"]
+    lengths, read = {size * size for size in game.sizes}, []
+    try:
+        if source == "hf":
+            import huggingface_hub  # only here, so that nothing else needs it
+            source = huggingface_hub.snapshot_download(game.repo, repo_type="dataset", allow_patterns=names)
+        paths = [Path(source)] if source.endswith(".csv") else [Path(source, name) for name in names]
+        for path in paths:
+            read.append(read_csv(path, game, lengths, args.min_difficulty))
+            lengths = {read[0].shape[2]}        # the first file decides for the second
+    except (OSError, csv.Error) as e:
+        own = {**vars(args), "builder": game.builder, "name": "", "source": "DIR", "output_dir": None}
+        raise UserError(f"--source {args.source} cannot be read ({one_line(e)}); put train.csv and test.csv, "
+                        f"as in https://huggingface.co/datasets/{game.repo}, into a folder DIR, then: "
+                        f"{command(*recipe_flags(own), args.output_dir)}")
+    return paths, read
+
+
+def hold_out(boards, n, rng):
+    """[the others, n boards drawn from (2, N, S)], both in their order. Raises UserError."""
+    total = boards.shape[1]
+    if total <= n:
+        raise UserError(f"the file has {total} boards, all of them for --num-test {n}; lower it")
+    order = rng.permutation(total)
+    return [boards[:, np.sort(order[n:])], boards[:, np.sort(order[:n])]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Both
+
+def warn_of_leaks(train, test, game):
+    """Say how many test boards are trained on, as they are or in another form. train, test: (2, N, S)."""
+    def shared(form):
+        trained = set(form(*train, isqrt(train.shape[2])))
+        return sum(board in trained for board in form(*test, isqrt(test.shape[2])))
+
+    exact = kin = shared(lambda questions, answers, size: map(np.ndarray.tobytes, questions))
+    if train.shape[1] + test.shape[1] <= FEW:
+        kin = shared(game.kinship)
+    if kin:
+        print(f"warning: {kin} of {test.shape[1]} test boards also stand in the training split ({exact} as "
+              f"they are, else turned, mirrored or renamed): their score is memory", file=sys.stderr)
+
+
+def load(args, game, make, rng):
+    """Training and test boards (2, N, S) that the flags ask for, and recipe.json. Raises UserError.
+
+    make() -> question, answer, kinship of a random board; both it and this draw from rng."""
+    paths = []
+    if args.source != "generate":
+        paths, read = read_source(args, game)
+        train, test = read if len(read) == 2 else hold_out(read[0], args.num_test, rng)
+    elif args.min_difficulty is None:
+        train, test = generate(make, args.num_train, args.num_test)
+    else:
+        raise UserError(f"--min-difficulty {args.min_difficulty} needs ratings, which generate has none of")
+    total = train.shape[1]
+    n = args.subsample_size or total
+    if n > total:
+        raise UserError(f"--subsample-size {n} is more than the {total} training boards; lower it")
+    if n < total:
+        train = train[:, rng.choice(total, n, replace=False)]
+    warn_of_leaks(train, test, game)
+    # what identifies the data: every flag as typed but where they are written, and the bytes of the files
+    recipe = {"builder": game.builder, **vars(args), "name": source_name(args, game),
+              "files": {path.name: sha256(path) for path in paths}}
+    del recipe["output_dir"]
+    return train, test, recipe

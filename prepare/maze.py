@@ -9,6 +9,7 @@ to 5 (0 is padding). Equal seeds give the bytes of the published builder.
 """
 import sys
 import zlib
+from functools import partial
 from itertools import count
 from math import isqrt
 from pathlib import Path
@@ -16,11 +17,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Parser, UserError, cli, within
+from common import UserError, cli, within
 from data import dihedral, write_dataset
 from prepare import boards
 
-REPO = "sapientinc/maze-30x30-hard-1k"
 WALL, FREE, START, GOAL, PATH = range(1, 6)
 STEPS = (-1, 0), (0, 1), (1, 0), (0, -1)
 SIZES = range(5, 101)
@@ -31,15 +31,11 @@ def distance(open_cells, start, goal):
     reached, found = start & open_cells, np.full(len(start), -1)
     for steps in count():
         found[(found < 0) & (reached & goal).any((1, 2))] = steps
-        grown = reached.copy()
-        grown[:, 1:] |= reached[:, :-1]
-        grown[:, :-1] |= reached[:, 1:]
-        grown[:, :, 1:] |= reached[:, :, :-1]
-        grown[:, :, :-1] |= reached[:, :, 1:]
-        grown &= open_cells
-        if (found >= 0).all() or (grown == reached).all():
+        near = np.pad(reached, ((0, 0), (1, 1), (1, 1)))
+        near = near[:, 2:, 1:-1] | near[:, :-2, 1:-1] | near[:, 1:-1, 2:] | near[:, 1:-1, :-2]
+        if not (near & open_cells & ~reached).any():
             return found
-        reached = grown
+        reached |= near & open_cells
 
 
 def check(question, answer, width, shortest=True):
@@ -56,9 +52,10 @@ def check(question, answer, width, shortest=True):
     return right.reshape(question.shape[:-1])
 
 
-def kinship(question):
-    """An integer that is equal for turned and mirrored copies of a maze (H, W)."""
-    return sum(zlib.crc32(dihedral(question, t).tobytes()) for t in range(8))
+def kinship(questions, answers, size):
+    """Integers (N,) that are equal for turned and mirrored copies of a maze."""
+    mazes = questions.reshape(-1, size, size)
+    return [sum(zlib.crc32(dihedral(maze, t).tobytes()) for t in range(8)) for maze in mazes]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -111,8 +108,7 @@ def make_maze(rng, size, min_path):
         if goals:
             break
     else:
-        raise UserError(f"--min-path {min_path} was not reached in 200 mazes of --size {size}; the longest "
-                        f"of the last one has {max(steps.values())} steps; ask for less")
+        raise UserError(f"--min-path {min_path} was not reached in 200 mazes of --size {size}; ask for less")
     goal = cell = goals[rng.randint(len(goals))]
     question = np.where(wall, WALL, FREE).astype(np.uint8)
     question[start], question[goal] = START, GOAL
@@ -120,54 +116,38 @@ def make_maze(rng, size, min_path):
     for _ in range(steps[goal] - 1):
         cell = next(near for near in neighbours(cell) if steps.get(near) == steps[cell] - 1)
         answer[cell] = PATH
-    return question.ravel(), answer.ravel(), kinship(question)
+    return question.ravel(), answer.ravel(), kinship(question, answer, size)[0]
 
 
 # ---------------------------------------------------------------------------------------------
 # The command
 
+GAME = boards.Game(builder="maze", repo="sapientinc/maze-30x30-hard-1k", published="30x30-hard-1k",
+                   alphabet={"#": WALL, " ": FREE, "S": START, "G": GOAL, "o": PATH}, sizes=SIZES,
+                   right=partial(check, shortest=False), kinship=kinship)
+
+
 def flags():
-    parser = Parser(__doc__)
-    boards.add_flags(parser, REPO)
+    parser = boards.flags(__doc__, GAME)
     add = parser.add_argument
     add("--size", type=within(int, SIZES[0], SIZES[-1]), default=30, metavar="N", help="of generated mazes")
     add("--min-path", type=within(int, 1, 10 ** 4), metavar="N",
         help="least steps of generated paths; without, size * size / 8, at most 4 * size")
     add("--aug", action="store_true", help="training mazes in all eight turned and mirrored forms")
-    add("--output-dir", metavar="DIR", help="without, data/maze-30x30-hard-1k or the like")
     return parser
 
 
-def build(argv=None):
-    """Build what the command line (a list of strings) describes; returns the folder. Raises UserError."""
+def main(argv=None):
     args = flags().parse_args(argv)
     rng = np.random.RandomState(args.seed)
-    name = {"hf": "30x30-hard-1k", "generate": f"{args.size}x{args.size}"}.get(args.source)
-    name = name or Path(args.source).absolute().stem
-    folder = Path(args.output_dir or f"data/maze-{name}")
-    if args.source == "generate":
-        min_path = min(args.size ** 2 // 8, 4 * args.size) if args.min_path is None else args.min_path
-        splits = boards.generate(lambda: make_maze(rng, args.size, min_path), args.num_train, args.num_test)
-        files = {}
-    else:
-        language = boards.Language(dict(zip("# SGo", range(1, 6))), [size * size for size in SIZES],
-                                   lambda q, a: check(q, a, isqrt(q.shape[1]), shortest=False))
-        cure = boards.from_folder("maze", args, folder)
-        splits, files = boards.read_splits(args, REPO, rng, language, cure)
-    train, test = boards.subsample(rng, splits["train"], args.subsample_size), splits["test"]
-    size = isqrt(test.shape[2])
-    if args.source != "generate":
-        boards.warn_of_leaks(train, test, lambda q, a: [kinship(maze.reshape(size, size)) for maze in q])
+    args.output_dir = args.output_dir or f"data/maze-{boards.source_name(args, GAME)}"
+    min_path = args.min_path or min(args.size ** 2 // 8, 4 * args.size)
+    train, test, recipe = boards.load(args, GAME, lambda: make_maze(rng, args.size, min_path), rng)
     if args.aug:
+        size = isqrt(test.shape[2])
         grids = train.reshape(2, -1, size, size)
         train = np.stack([dihedral(grids, t) for t in range(8)], axis=2).reshape(2, -1, size * size)
-    recipe = boards.recipe("maze", args, name=name, files=files)
-    write_dataset(folder, {"train": train, "test": test}, 6, recipe, group_size=8 if args.aug else 1)
-    return folder
-
-
-def main(argv=None):
-    build(argv)
+    write_dataset(args.output_dir, {"train": train, "test": test}, 6, recipe, group_size=8 if args.aug else 1)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,18 @@ Everywhere, a board is S = size * size tokens: blank 1, digit d is d + 1 (0 is
 padding). Equal seeds give the bytes of the published builder.
 """
 import sys
-import time
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 from math import isqrt
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Parser, UserError, cli, progress, within
+from common import cli, progress, within
 from data import write_dataset
 from prepare import boards
 
-REPO = "sapientinc/sudoku-extreme"
 BOX = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # size: rows and columns of a box
 
 
@@ -63,24 +61,14 @@ def draw_symmetries(rng, n, size):
     return relabel, np.where(flip, cols * size + rows, rows * size + cols).reshape(n, size * size)
 
 
-def transform(board, relabel, cells):
-    """Apply n symmetries to one board (S,), or to n boards (n, S), one each -> (n, S)."""
-    moved = board[cells] if board.ndim == 1 else np.take_along_axis(board, cells, axis=1)
-    return np.take_along_axis(relabel, moved, axis=1)
-
-
-def inverse(relabel, cells):
-    """The symmetries that undo these: transform(transform(board, *s), *inverse(*s)) == board."""
-    return relabel.argsort(axis=1).astype(np.uint8), cells.argsort(axis=1)
-
-
 def augment(rng, pairs, size, num_aug):
     """Each question and answer, then num_aug symmetries of it: (2, N, S) -> (2, N * (1 + num_aug), S)."""
     out = np.repeat(pairs[:, :, None], 1 + num_aug, axis=2)
     for p in progress(range(pairs.shape[1] if num_aug else 0), desc="augmenting", unit=" puzzles"):
-        symmetries = draw_symmetries(rng, num_aug, size)
-        for i in (0, 1):
-            out[i, p, 1:] = transform(pairs[i, p], *symmetries)
+        relabel, cells = draw_symmetries(rng, num_aug, size)
+        for copies in out[:, p, 1:]:        # of the question, then of the answer: (num_aug, S)
+            moved = np.take_along_axis(copies, cells, axis=1)
+            copies[:] = np.take_along_axis(relabel, moved, axis=1)
     return out.reshape(2, -1, size * size)
 
 
@@ -176,74 +164,49 @@ def kinship(question, answer, size):
     return h.sum(1).reshape(question.shape[:-1])[()]
 
 
-def has_one_solution(question, answer, size):
-    """Is `answer` the only one? Tokens (S,). Yes if a search that tries its digits last still ends there."""
-    digits = [1 << i for i in range(size)]
-    clues, only = ([digits[t - 2] if t > 1 else 0 for t in board.tolist()] for board in (question, answer))
-    return solve(clues, size, [[bit for bit in digits if bit != last] + [last] for last in only]) == only
-
-
-def warn_of_several_solutions(train, test, size, seconds=1):
-    """Say how many puzzles (2, N, S) have several solutions, those of the test first. A hard one takes 0.1 s,
-    so that of many puzzles only those are looked at for which there is time in `seconds`."""
-    end, looked_at, several = time.monotonic() + seconds, 0, 0
-    for question, answer in chain(zip(*test), zip(*train)):
-        if time.monotonic() > end:
-            break
-        looked_at, several = looked_at + 1, several + (not has_one_solution(question, answer, size))
+def warn_of_several_solutions(puzzles, size):
+    """Say how many of the puzzles, a list of (question, answer), have more solutions than the answer."""
+    several, digits = 0, [1 << digit for digit in range(size)]
+    for puzzle in puzzles:
+        clues, only = ([1 << token >> 2 for token in board.tolist()] for board in puzzle)
+        # a search that tries the answer's digits last ends at another solution if there is one
+        order = [[bit for bit in digits if bit != last] + [last] for last in only]
+        several += solve(clues, size, order) != only
     if several:
-        boards.warn(f"{several} of the {looked_at} puzzles that were looked at have several solutions; only "
-                    f"the answer that is given counts as right")
+        print(f"warning: {several} of the {len(puzzles)} puzzles that were looked at have several solutions; "
+              f"only the answer that is given counts as right", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------
 # The command
 
+GAME = boards.Game(builder="sudoku", repo="sapientinc/sudoku-extreme", published="extreme", sizes=BOX,
+                   alphabet={".": 1, **{str(digit): digit + 1 for digit in range(10)}},
+                   right=check, kinship=kinship)
+
+
 def flags():
-    parser = Parser(__doc__)
-    boards.add_flags(parser, REPO)
-    add = parser.add_argument
-    add("--size", type=int, choices=BOX, default=6, help="of generated boards")
-    add("--num-aug", type=within(int, 0, 10 ** 6), default=0, metavar="N",
-        help="random symmetries of each training board")
-    add("--min-difficulty", type=int, metavar="R", help="only rows of rating R or more; without, all")
-    add("--output-dir", metavar="DIR", help="without, data/sudoku-extreme-1k-aug-1000 or the like")
+    parser = boards.flags(__doc__, GAME)
+    parser.add_argument("--size", type=int, choices=BOX, default=6, help="of generated boards")
+    parser.add_argument("--num-aug", type=within(int, 0, 10 ** 6), default=0, metavar="N",
+                        help="random symmetries of each training board")
     return parser
 
 
-def build(argv=None):
-    """Build what the command line (a list of strings) describes; returns the folder. Raises UserError."""
+def main(argv=None):
     args = flags().parse_args(argv)
-    rng, n = np.random.RandomState(args.seed), args.subsample_size
-    name = {"hf": "extreme", "generate": f"{args.size}x{args.size}"}.get(args.source)
-    name = name or Path(args.source).absolute().stem
+    rng, n, num_aug = np.random.RandomState(args.seed), args.subsample_size, args.num_aug
     how_many = "full" if n is None else f"{n // 1000}k" if n % 1000 == 0 else n
-    folder = Path(args.output_dir or f"data/sudoku-{name}-{how_many}-aug-{args.num_aug}")
-    if args.source == "generate":
-        if args.min_difficulty is not None:
-            raise UserError(f"--min-difficulty {args.min_difficulty} needs the ratings of a CSV; generate "
-                            f"has none")
-        splits = boards.generate(lambda: make_puzzle(rng, args.size), args.num_train, args.num_test)
-        files = {}
-    else:
-        language = boards.Language({".": 1, **{str(digit): digit + 1 for digit in range(10)}},
-                                   [size * size for size in BOX], lambda q, a: check(q, a, isqrt(q.shape[1])))
-        cure = boards.from_folder("sudoku", args, folder)
-        splits, files = boards.read_splits(args, REPO, rng, language, cure)
-    train, test = boards.subsample(rng, splits["train"], n), splits["test"]
+    name = f"{boards.source_name(args, GAME)}-{how_many}-aug-{num_aug}"
+    args.output_dir = args.output_dir or f"data/sudoku-{name}"
+    train, test, recipe = boards.load(args, GAME, lambda: make_puzzle(rng, args.size), rng)
     size = isqrt(test.shape[2])
     if args.source != "generate":
-        boards.warn_of_leaks(train, test, lambda q, a: kinship(q, a, size))
-        warn_of_several_solutions(train, test, size)
-    recipe = boards.recipe("sudoku", args, name=name, files=files)
-    write_dataset(folder, {"train": augment(rng, train, size, args.num_aug), "test": test}, size + 2, recipe,
-                  group_size=1 + args.num_aug,
-                  train_dtype=np.int64 if size == 9 and args.num_aug else None)     # as published
-    return folder
-
-
-def main(argv=None):
-    build(argv)
+        puzzles = islice(chain(zip(*test), zip(*train)), 100)   # not more: a hard one takes 0.1 s
+        warn_of_several_solutions(list(puzzles), size)
+    splits = {"train": augment(rng, train, size, num_aug), "test": test}
+    write_dataset(args.output_dir, splits, size + 2, recipe, group_size=1 + num_aug,
+                  train_dtype=np.int64 if size == 9 and num_aug else None)     # as published
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models are faster so, here and in subprocesses
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models are faster so, in subprocesses too
 
 import pytest
 
@@ -22,3 +22,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes: --slow"))
+
+
+@pytest.fixture(scope="session")
+def boards(tmp_path_factory):
+    """The folder of a small dataset of 4x4 Sudokus to train on."""
+    from runs import write_boards   # here: not every test file needs torch
+    return write_boards(tmp_path_factory.mktemp("data") / "boards")

@@ -1,6 +1,7 @@
 """What the tests share: small datasets and models; runs in this process, in forked ones and under torchrun.
 
-A forked run begins with torch imported, and a hook can end it at any event, so that a test of 20 crashes takes seconds.
+A forked run begins with torch imported, and a hook can end it at any event, so that a test of 20 crashes
+takes seconds.
 """
 import json
 import multiprocessing
@@ -25,12 +26,14 @@ from prepare import arc, sudoku
 
 ROOT = Path(train.__file__).parent
 FLAGS = ("--preset sudoku --hidden-size 32 --puzzle-emb-ndim 32 --H-cycles 2 --L-cycles 1 --num-layers 1 "
-         "--halt-max-steps 4 --halt-exploration-prob 0.5 --global-batch-size 8 --epochs 4 --eval-interval 2 --lr 3e-3 "
-         "--lr-warmup-steps 5 --puzzle-emb-lr 1e-2 --log-interval 4 --dtype float32 --no-compile --device cpu").split()
+         "--halt-max-steps 4 --halt-exploration-prob 0.5 --global-batch-size 8 --epochs 4 --eval-interval 2 "
+         "--lr 3e-3 --lr-warmup-steps 5 --puzzle-emb-lr 1e-2 --log-interval 4 --dtype float32 --no-compile "
+         "--device cpu").split()
 TIMINGS = {"train_s", "dt_ms", "settings", "line"}
 ALONE = common.World(0, 1, torch.device("cpu"))
-TINY = Config(vocab_size=6, seq_len=16, hidden_size=32, num_heads=2, num_layers=1, mixer="mlp", pos_encodings="none",
-              puzzle_emb_len=1, puzzle_emb_ndim=32, H_cycles=1, L_cycles=1, halt_max_steps=4, dtype="float32")
+TINY = Config(vocab_size=6, seq_len=16, hidden_size=32, num_heads=2, num_layers=1, mixer="mlp",
+              pos_encodings="none", puzzle_emb_len=1, puzzle_emb_ndim=32, H_cycles=1, L_cycles=1,
+              halt_max_steps=4, dtype="float32")
 ARC_CFG = replace(TINY, vocab_size=12, seq_len=900, mixer="attn", pos_encodings="rope", halt_max_steps=2)
 
 
@@ -51,13 +54,14 @@ def sudoku_dir(folder):
 
 
 def arc_dir(folder):
-    """Three small tasks, one of them with two test inputs, two augmentations each; built from files in `folder`."""
+    """Three small tasks, one with two test inputs; two augmentations each; built from files in `folder`."""
     rng = np.random.RandomState(0)
 
     def pair():
         grid = rng.randint(0, 10, (rng.randint(2, 5), rng.randint(2, 5)))
         return {"input": grid.tolist(), "output": grid[::-1].tolist()}
-    tasks = {f"task{i}": {"train": [pair(), pair()], "test": [pair() for _ in range(1 + (i == 1))]} for i in range(3)}
+    tasks = {f"task{i}": {"train": [pair(), pair()], "test": [pair() for _ in range(1 + (i == 1))]}
+             for i in range(3)}
     solutions = {name: [e.pop("output") for e in task["test"]] for name, task in tasks.items()}
     (folder / "arc-agi_evaluation_challenges.json").write_text(json.dumps(tasks))
     (folder / "arc-agi_evaluation_solutions.json").write_text(json.dumps(solutions))
@@ -82,8 +86,9 @@ def arc_model(split, seed=0):
 
 def save_run(folder, split, model, **changes):
     """A run folder as train.py leaves it."""
-    content = {"config": asdict(model.cfg), "model": model.state_dict(), "ema": None, "identity": split.identity,
-               "recipe": split.recipe, "data": [str(d) for d in split.dirs], "data_test": [str(d) for d in split.dirs],
+    dirs = [str(d) for d in split.dirs]
+    content = {"config": asdict(model.cfg), "model": model.state_dict(), "ema": None,
+               "identity": split.identity, "recipe": split.recipe, "data": dirs, "data_test": dirs,
                "settings": {"preset": "mini"}, "step": 10, **changes}
     rundir.save_file(folder / "step_00000010.ckpt", content)
     (folder / "latest.txt").write_text("step_00000010.ckpt\n")
@@ -91,7 +96,7 @@ def save_run(folder, split, model, **changes):
 
 
 class Oracle(TRM):
-    """Solves 4x4 Sudokus and, when `needs` says so, only after some steps; q_halt tells truly whether it is right.
+    """Solves 4x4 Sudokus, if `needs` says so only after some steps; q_halt tells truly whether it is right.
 
     State y: feature 0 the tokens, 1 the number of steps, 2 what noise made of 0.
     """
@@ -134,6 +139,13 @@ class Oracle(TRM):
         return logits, q
 
 
+def altered(path):
+    """A bit of a file turned."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def png_size(path):
     """(width, height) in pixels."""
     header = Path(path).read_bytes()[:24]
@@ -148,18 +160,17 @@ def png_width(path):
 # ---------------------------------------------------------------------------------------------
 # Runs
 
-
 def write_boards(folder, groups=20, seed=0, vocab_size=6, shift=0):
-    """A dataset of 4x4 Sudoku boards in groups of two puzzles with an identifier and one to three examples each."""
+    """A dataset of 4x4 Sudokus in groups of two puzzles, each with an identifier and up to three examples."""
     rng = np.random.default_rng(seed)
     solved = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
 
     def boards(n):
         labels = np.stack([rng.permutation(4)[solved - 1] + 2 for _ in range(n)])
         return np.where(rng.random(labels.shape) < 0.5, 1, labels).astype(np.uint8), labels.astype(np.uint8)
-    sizes = rng.integers(1, 4, 2 * groups)
+    several = rng.integers(1, 4, 2 * groups)
     ids = np.arange(1, 2 * groups + 1, dtype=np.int32)
-    for split, sizes in (("train", sizes), ("test", np.ones_like(sizes))):
+    for split, sizes in (("train", several), ("test", np.ones_like(several))):
         inputs, labels = boards(sizes.sum())
         data.write_split(Path(folder) / split, {
             "inputs": inputs, "labels": labels, "puzzle_identifiers": ids,
@@ -230,7 +241,7 @@ def count_events(act):
 
 
 def at(event, do):
-    """act for count_events: do() at event number `event`, or at the `n`-th event of a name when event is (name, n)."""
+    """act for count_events: do() at event number `event`; if it is (name, n), at the n-th of that name."""
     seen = []
 
     def act(name, number):
@@ -254,7 +265,7 @@ def go(*argv):
 
 
 def child(rank, size, port, cwd, argv, event, number, output):
-    """One rank. number: of a signal that it sends to itself at `event`; None: count the events into a file."""
+    """One rank. number: of a signal that it sends itself at `event`; None: count the events into a file."""
     os.chdir(cwd)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
@@ -276,7 +287,8 @@ class Ranks:
         os.environ.setdefault("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train", "runs", "matplotlib.figure", "matplotlib.backends.backend_agg"])
+        drawing = ["matplotlib.figure", "matplotlib.backends.backend_agg"]
+        context.set_forkserver_preload(["train", "runs", *drawing])
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

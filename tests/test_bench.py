@@ -1,7 +1,6 @@
 """bench.py: every preset without its data, what the figures mean, ARC voting."""
 import json
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,7 +10,7 @@ import data
 import prepare
 import train
 from common import UserError
-from runs import ALONE, arc_dir, write_boards
+from runs import ALONE, arc_dir
 
 SMALL = {"hidden_size": 32, "puzzle_emb_ndim": 32, "num_heads": 2, "H_cycles": 1, "L_cycles": 1,
          "halt_max_steps": 2, "dtype": "float32"}
@@ -19,10 +18,11 @@ SMALL = {"hidden_size": 32, "puzzle_emb_ndim": 32, "num_heads": 2, "H_cycles": 1
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Where no data are; all presets are small, and the peak is quick to measure."""
+    """Where no data are; all presets and tables are small, and the peak is quick to measure."""
     monkeypatch.chdir(tmp_path)
     for name, preset in train.PRESETS.items():
         monkeypatch.setitem(train.PRESETS, name, {**preset, **SMALL})
+        monkeypatch.setitem(prepare.known(preset["data"][0]).shape, "num_puzzle_identifiers", 5)
     peak = bench.common.matmul_peak
     monkeypatch.setattr(bench.common, "matmul_peak", lambda device, dtype: peak(device, dtype, 256, 2))
 
@@ -32,66 +32,38 @@ def lines():
         return [json.loads(line) for line in f]
 
 
-def args_of(*flags):
-    return bench.flags().parse_args(["--device", "cpu", "--no-compile", "--steps", "1", *flags])
-
-
 @pytest.mark.parametrize("preset", train.PRESETS)
-def test_every_preset_runs_without_its_data(preset, monkeypatch):
-    shape = prepare.known(train.PRESETS[preset]["data"][0]).shape
-    monkeypatch.setitem(shape, "num_puzzle_identifiers", 5)     # ARC's tables take gigabytes
-    training, evaluation = bench.bench(args_of("--preset", preset, "--rows", "2"), ALONE)
-    assert training["preset"] == evaluation["preset"] == preset and training["rows of a rank"] == 2
-    assert training["data_ms"] is None and evaluation["data_ms"] is None
-    for column in (training, evaluation):
-        assert column["ms"] > 0 and column["rows_per_s"] == pytest.approx(2000 / column["ms"])
-        share = column["gflop"] / column["ms"] / column["peak_tflops"]
-        assert column["share_of_peak"] == pytest.approx(share) and column["peak_memory_gib"] > 0.01
-    parts = training["forward_ms"] + training["backward_ms"] + training["optimizer_ms"]
-    assert parts == pytest.approx(training["ms"]) and training["first_step_s"] > 0
-
-
-@pytest.mark.parametrize("preset", ["mini", "sudoku-att"])
-def test_the_flops_are_those_that_torch_counts(preset):
-    args = args_of("--preset", preset, "--rows", "3")
-    run, splits = bench.open_run(args, ALONE)
-    calls = bench.calls_of(run, bench.some_batch(run, splits))
-    columns = dict(zip(("step", "evaluation"), bench.bench(args, ALONE)))
-    for name, column in columns.items():
+def test_every_preset_runs_without_its_data(preset):
+    """The figures agree with one another, and the FLOPs with those that torch counts."""
+    row = bench.bench(preset, ALONE, rows=2, compiled=False, rounds=1)
+    run, batch = bench.open_run(preset, ALONE, rows=2)
+    calls = {"": lambda: train.backward(run, batch), "evaluation_": bench.calls_of(run, batch)["evaluation"]}
+    assert (row["preset"], row["rows"], row["dtype"], row["compiled"]) == (preset, 2, "float32", False)
+    for prefix, call in calls.items():
+        ms, tflops = row[prefix + "ms"], row[prefix + "tflops"]
+        assert ms > 0 and row[prefix + "rows_per_s"] == pytest.approx(2000 / ms)
+        assert row[prefix + "share_of_peak"] == pytest.approx(tflops / row["peak_tflops"])
         with FlopCounterMode(display=False) as counter:
-            calls[name]()
-        assert column["gflop"] == pytest.approx(counter.get_total_flops() / 1e9, rel=1e-9), name
+            call()
+        assert tflops * ms * 1e9 == pytest.approx(counter.get_total_flops(), rel=1e-9), prefix
+    parts = row["forward_ms"] + row["backward_ms"] + row["optimizer_ms"]
+    assert parts == pytest.approx(row["ms"]) and row["first_step_s"] > 0
 
 
-def test_with_the_data_there_its_time_is_measured_too(monkeypatch):
-    monkeypatch.setitem(train.PRESETS, "mini", {**train.PRESETS["mini"], "data": [write_boards("boards")]})
-    training, evaluation = bench.bench(args_of("--rows", "4"), ALONE)
-    assert training["data_ms"] > 0 and evaluation["data_ms"] > 0
-    run, splits = bench.open_run(args_of("--rows", "4"), ALONE)
-    batch = bench.some_batch(run, splits)
-    assert np.array_equal(batch.inputs, splits[1].gather(np.arange(4))[0]), "puzzles where there are some"
-
-
-def test_the_default_batch_fits(monkeypatch):
+def test_the_default_batch_fits():
     """The preset's own, or as many rows as a CPU steps through in seconds."""
-    shape = prepare.KNOWN["arc1"].shape
-    monkeypatch.setitem(shape, "num_puzzle_identifiers", 5)
-    rows = {preset: bench.open_run(args_of("--preset", preset), ALONE)[0].rows
-            for preset in ("mini", "sudoku", "arc1")}
+    rows = {preset: bench.open_run(preset, ALONE)[0].rows for preset in ("mini", "sudoku", "arc1")}
     assert rows["mini"] == train.PRESETS["mini"]["global_batch_size"]
     assert rows["arc1"] == 4 and 4 < rows["sudoku"] < 100
 
 
 def test_the_table_is_printed_and_appended(capsys):
     flags = ["--device", "cpu", "--no-compile", "--rows", "2"]
-    assert not bench.main([*flags, "--steps", "1"]) and not bench.main([*flags, "--steps", "2"])
+    assert not bench.main([*flags, "--steps", "1"]) and not bench.main([*flags, "--dtype", "bfloat16"])
     printed = capsys.readouterr().out.splitlines()
-    assert max(map(len, printed)) <= 80
-    assert printed[0].split() == ["what", "training", "step", "evaluation,", "2", "steps"]
-    names = {line[:22].strip() for line in printed}
-    assert {"ms", "share_of_peak", "forward_ms", "of it communication_ms", "data_ms", "first_step_s"} <= names
-    assert [(row["what"], row["n"]) for row in lines()] == [
-        ("training step", 1), ("evaluation, 2 steps", 1), ("training step", 2), ("evaluation, 2 steps", 2)]
+    assert max(map(len, printed)) <= 80 and printed[0].split() == ["preset", "mini"]
+    assert [line.split()[0] for line in printed[:len(printed) // 2]] == list(lines()[0])[:-2]
+    assert [row["dtype"] for row in lines()] == ["float32", "bfloat16"]
     assert all(row["torch"] == torch.__version__ for row in lines())
 
 
@@ -111,8 +83,7 @@ def test_arc_voting(tmp_path, capsys):
     built = arc_dir(tmp_path)
     assert not bench.main(["--votes", str(built)])
     (row,), n = lines(), len(data.Split(built, "test"))
-    assert row["what"] == "ARC voting" and row["rows"] == n
-    assert row["rows_per_s"] == pytest.approx(n / row["seconds"])
+    assert row["rows"] == n and row["rows_per_s"] == pytest.approx(n / row["seconds"])
     assert row["pass@2"] >= 0.5, "two cells are spoiled, and only in half of the copies"
     assert "rows_per_s" in capsys.readouterr().out
 
@@ -121,17 +92,12 @@ def test_arc_voting(tmp_path, capsys):
     (["--steps", "0"], "--steps: 0 is out of range; give 1 or more"),
     (["--rows", "0"], "--rows: 0 is out of range"), (["--preset", "nope"], "invalid choice: 'nope'"),
     (["--votes", "nowhere"], "--votes nowhere: there is no test_puzzles.json; name the folder of an ARC"),
-    (["--votes", "x/arc1concept-aug-1000"], "x/arc1concept-aug-1000 not found; build it: python "),
     (["--votes", "x", "--steps", "2"], "--steps does nothing with --votes"),
     (["--votes", "x", "--preset", "arc1"], "--preset does nothing with --votes"),
-    (["--votes", "x", "--no-compile"], "--compile does nothing with --votes")])
-def test_bad_flags_are_one_line(flags, message):
+    (["--votes", "x", "--no-compile"], "--compile does nothing with --votes"),
+    (["--preset", "own"], "--preset own: the shape of its data is not known")])
+def test_bad_flags_are_one_line(flags, message, monkeypatch):
+    monkeypatch.setitem(train.PRESETS, "own", {**train.PRESETS["mini"], "data": ["data/own"]})
     with pytest.raises(UserError) as error:
         bench.main(flags)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_preset_without_a_known_dataset_says_what_is_missing(monkeypatch):
-    monkeypatch.setitem(train.PRESETS, "own", {**train.PRESETS["mini"], "data": ["data/own"]})
-    with pytest.raises(UserError, match="data/own not found; "):
-        bench.main(["--preset", "own", "--device", "cpu"])

@@ -1,49 +1,20 @@
 """Agreement with the published code: the figures in tests/golden/model_*.npz were made by running it."""
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 import train
 from common import UserError
+from gpu_check import GOLDEN as NAMES
+from gpu_check import golden as load
+from gpu_check import golden_batch as batch_of
+from gpu_check import golden_model as model_of
+from gpu_check import golden_settings as overrides
 from hub import PREFIX, from_published, published_names, to_published
-from model import Batch, act_loss, build
+from model import act_loss, build
 from runs import ALONE
 
-GOLDEN = Path(__file__).parent / "golden"
-NAMES = ["mlp", "attention", "learned_positions"]
 OURS = {"accuracy": "cell_acc", "exact_accuracy": "exact_acc", "q_halt_accuracy": "q_halt_acc"}
-
-
-def load(name):
-    """(figures, published settings, published state dict without prefix)"""
-    d = np.load(GOLDEN / f"model_{name}.npz")
-    c = json.loads(str(d["config"]))
-    r, state = np.random.RandomState(c["weight_seed"]), {}
-    for entry in d["keys"]:
-        key, shape = str(entry).split(" ", 1)
-        scale = 1.0 if key in ("H_init", "L_init") else c["weight_scale"]
-        shape = tuple(int(n) for n in shape.strip("()").split(",") if n.strip())
-        state[key] = torch.from_numpy((r.standard_normal(shape) * scale).astype(np.float32))
-    return d, c, state
-
-
-def overrides(c):
-    return dict(seq_len=c["seq_len"], puzzle_emb_len=c["puzzle_emb_len"], num_heads=c["num_heads"],
-                H_cycles=c["H_cycles"], L_cycles=c["L_cycles"], dtype="float32")
-
-
-def model_of(c, state):
-    prefixed = {f"_orig_mod.{PREFIX}{k}": v.clone() for k, v in state.items()}
-    return build(*from_published(prefixed, overrides(c)))
-
-
-def batch_of(d, i):
-    names = ("inputs", "labels", "puzzle_identifiers")
-    arrays = [torch.from_numpy(d[f"batch{i}/{name}"].astype(np.int32)) for name in names]
-    return Batch(*arrays, torch.zeros(len(arrays[0]), dtype=torch.int32))
 
 
 def golden_metrics(d, key, i=0):

@@ -187,9 +187,11 @@ def train_here(args, arguments, trained):
     args = parser.parse_args(arguments)
     for folder in {*args.data, *(args.data_test or [])}:
         make_data(folder, trained["boards"])
-    for run in (args.init, args.resume):
-        if run and run != "newest":
-            shutil.copytree(trained["sudoku"], run)
+    if args.init:       # weights of a run of the same preset
+        go("--preset", args.preset, "--data", *args.data, "--run-dir", args.init, "--max-steps", 1, *TINY_RUN,
+           "--allow-cpu", *HERE)
+    if args.resume and args.resume != "newest":
+        shutil.copytree(trained["sudoku"], args.resume)
     begins = not args.resume or args.run_dir
     return [*arguments, *(TINY_RUN if begins else []), "--allow-cpu", *HERE]
 

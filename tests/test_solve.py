@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +15,7 @@ import solve
 import vote
 from common import UserError
 from data import Split, write_dataset
-from model import row_scores
-from prepare import arc, maze, sudoku
+from prepare import arc, maze
 from runs import ARC_CFG, TINY, Oracle, arc_dir, arc_model, boards, model_of, png_width, save_run
 
 SIDE = 6
@@ -83,38 +81,27 @@ def refused(run, puzzle, *flags):
     return str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------
-# Sudokus
-
-def test_sudoku_is_solved_and_checked_by_the_rules(run, oracle, capsys):
-    printed = go(run, TEXT, capsys=capsys)
+def test_sudoku_is_solved_and_checked_by_the_rules(run, oracle, capsys, tmp_path):
+    printed = go(run, TEXT, "--gif", tmp_path / "a.gif", "--png", tmp_path / "a.png", capsys=capsys)
     question, answer, verdict = printed.split("\n\n")
     for title, shown, board in (("question", question, QUESTION), ("answer", answer, ANSWER)):
         assert shown.splitlines()[0] == title
         assert "".join(c for c in shown if c.isdigit() or c == ".") == text_of(board), printed
     assert verdict.startswith("RIGHT: the answer is a legal Sudoku that keeps the givens\n"), printed
-    assert f"last changed at step {Oracle.needs(None, QUESTION)}\n" in verdict and "q_halt +3.00" in verdict
-    assert "\033" not in printed
-    halted = go(run, TEXT, "--halt", capsys=capsys)
-    assert f"steps {Oracle.needs(None, QUESTION)}, " in halted
+    needs = Oracle.needs(None, QUESTION)
+    assert f"steps 4, q_halt +3.00; the answer last changed at step {needs}\n" in verdict
+    assert "\033" not in printed and needs > 1, "else this test shows little"
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert png_width(tmp_path / "a.png") == 1200 and (gif.n_frames, gif.size[0]) == (4, 800)
+    assert "steps 5, " in go(run, TEXT, "--steps", "5", capsys=capsys)
 
 
-def test_wrong_answers_are_told_without_a_label(run, capsys):
-    printed = go(run, TEXT, code=1, capsys=capsys)
-    assert "WRONG: the answer is not a legal Sudoku" in printed
-    assert re.search(r"\n\d+ cells break the rules\n", printed), printed
-
-
-@pytest.mark.parametrize("flags", [("--augment", "6"), ("--rollouts", "4", "--noise", "0.01")])
-def test_more_compute_for_one_puzzle(run, oracle, capsys, flags):
-    assert "RIGHT" in go(run, TEXT, *flags, capsys=capsys)
-
-
-def test_file_and_stdin(run, oracle, capsys, tmp_path, monkeypatch):
+def test_file_and_stdin(run, capsys, tmp_path, monkeypatch):
+    """Solved wrongly: that is told without a label."""
     (tmp_path / "board.txt").write_text("\n".join(" ".join(row) for row in ROWS) + "\n")
-    assert "RIGHT" in go(run, tmp_path / "board.txt", capsys=capsys)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(ROWS)))
-    assert "RIGHT" in go(run, "-", capsys=capsys)
+    for source in (tmp_path / "board.txt", "-"):
+        assert "WRONG: the answer is not a legal Sudoku" in go(run, source, code=1, capsys=capsys)
 
 
 WRITTEN = {
@@ -139,50 +126,30 @@ def test_a_sudoku_may_be_written_in_many_ways(how, tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("123", "3 cells in the puzzle; this checkpoint solves sudokus of 4 x 4 cells: 1234, or . for"),
-    ("5" * 16, "character '5' in the puzzle"), ("aa", "character 'a'"), (TEXT + "1", "17 cells"),
-    ("", "the puzzle is empty (a shell variable that is not set?)"), (" \n", "the puzzle is empty"),
+    ("123", "3 cells in the puzzle; this checkpoint solves sudokus of 4 x 4 cells, of '.1234'; see --help"),
+    ("5" * 16, "character '5' in the puzzle"), (TEXT + "1", "17 cells"), ("", "0 cells in"),
+    ("\n", "0 cells in the puzzle"), ("aa", "aa: file not found"), ("c:\\puzzle", "file not found"),
     ("nowhere/board.txt", "nowhere/board.txt: file not found; name a file, text, or -"),
-    ("board.txt", "board.txt: file not found"), ("board", "board: file not found"),
-    ("c:\\puzzle", "file not found"), (str(Path(__file__).parent), "file not found")])
+    ("board.txt", "board.txt: file not found"), ("board", "board: file not found")])
 def test_bad_puzzles_are_one_line(run, text, message):
     assert message in refused(run, text)
 
 
 def test_bad_files_are_one_line(run, tmp_path):
-    (tmp_path / "empty").write_text("\n")
-    assert "the puzzle is empty" in refused(run, tmp_path / "empty")
     (tmp_path / "binary").write_bytes(b"\xff\xfe1\0")
-    assert "binary is no text in UTF-8" in refused(run, tmp_path / "binary")
+    assert "character '\ufffd' in the puzzle" in refused(run, tmp_path / "binary")
+    with pytest.raises(IsADirectoryError):      # one line, by common.cli
+        solve.read_text(str(tmp_path))
 
-
-def test_rule_breakers_are_the_cells_that_clash():
-    for size in sudoku.BOX:
-        question, answer = sudoku.make_puzzle(np.random.RandomState(size), size)[:2]
-        assert not solve.rule_breakers("sudoku", question, answer, size).any()
-        i, j = np.flatnonzero(answer[:size] != answer[0])[:2]       # two cells of the first row
-        broken = answer.copy()
-        broken[i] = broken[j]
-        bad = solve.rule_breakers("sudoku", question, broken, size)
-        assert bad[i] and bad[j] and bad.sum() <= 5 and not sudoku.check(question, broken, size)
-        given = np.flatnonzero(question > 1)[0]
-        broken = answer.copy()
-        broken[given] = 1
-        assert solve.rule_breakers("sudoku", question, broken, size)[given]
-
-
-# ---------------------------------------------------------------------------------------------
-# Which task, and which flags make sense for it
 
 def test_the_kind_comes_from_recipe_known_weights_or_flag(run, oracle, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content = torch.load(run / "step_00000010.ckpt", weights_only=True)
     split = type("Nothing", (), {"identity": "", "recipe": [None], "dirs": []})
     unknown = save_run(tmp_path / "unknown", split, model_of())
-    assert "recipe" in content and "does not say what its boards are; add --task" in refused(unknown, TEXT)
+    assert "unknown boards, 16 cells of 6 tokens; take another one, or say --task" in refused(unknown, TEXT)
     assert "RIGHT" in go(unknown, TEXT, "--task", "sudoku", capsys=capsys)
-    assert "are no Sudoku, maze or ARC task" in refused(unknown, TEXT, "--task", "arc")
-    assert "--task maze: this checkpoint is of another task, sudoku" in refused(run, TEXT, "--task", "maze")
+    assert "is for arc boards, 16 cells" in refused(unknown, TEXT, "--task", "arc")
+    assert "is for sudoku boards" in refused(run, TEXT, "--task", "maze")
     file = unknown / "step_00000010.ckpt"
     monkeypatch.setattr(scoring.hub, "fetch", lambda name, world: (file, {}, "sudoku"))
     assert solve.main(["--hf", "someone/sudoku", "--device", "cpu", TEXT]) == 0
@@ -190,67 +157,36 @@ def test_the_kind_comes_from_recipe_known_weights_or_flag(run, oracle, capsys, t
 
 
 def test_other_tasks_are_refused(tmp_path):
-    rng = np.random.RandomState(0)
-    inputs, targets = (rng.randn(9, 16, dim).astype(np.float32) for dim in (2, 1))
-    arrays = inputs, targets, np.ones((9, 16), bool)
+    numbers = np.zeros((9, 16, 1), np.float32)
+    arrays = numbers, numbers, np.ones((9, 16), bool)
     write_dataset(tmp_path / "numbers", {"train": arrays, "test": arrays})
-    cfg = replace(TINY, vocab_size=0, input_dim=2, target_dim=1)
+    cfg = replace(TINY, vocab_size=0, input_dim=1, target_dim=1)
     run = save_run(tmp_path / "run", Split(tmp_path / "numbers", "test"), model_of(cfg))
-    assert "this checkpoint is of another task" in refused(run, "123")
+    assert "the checkpoint is for numbers boards" in refused(run, "123")
 
 
 @pytest.mark.parametrize("which, flags, message", [
     ("sudoku", ["--adapt", "3"], "--adapt does nothing for sudoku puzzles"),
-    ("sudoku", ["--adapt-all"], "--adapt-all does nothing for sudoku puzzles"),
-    ("maze", ["--adapt", "3"], "--adapt does nothing for maze puzzles"),
-    ("maze", ["--augment", "8"], "--augment 8: a maze has 7 symmetric copies"),
-    ("arc", ["--halt"], "--halt does nothing for arc puzzles"),
-    ("arc", ["--rollouts", "2", "--noise", "1"], "--rollouts does nothing for arc puzzles"),
-    ("arc", ["--adapt-all"], "--adapt-all does nothing without --adapt"),
-    ("sudoku", ["--halt-threshold", "1"], "--halt-threshold does nothing without --halt"),
+    ("maze", ["--augment", "3"], "--augment does nothing for maze puzzles"),
     ("sudoku", ["--steps", "0"], "--steps: 0 is out of range"),
     ("arc", ["--adapt", "0"], "--adapt: 0 is out of range")])
 def test_flags_that_do_nothing_are_refused(run, maze_run, arc_run, which, flags, message):
     assert message in refused({"sudoku": run, "maze": maze_run[0], "arc": arc_run}[which], TEXT, *flags)
 
 
-# ---------------------------------------------------------------------------------------------
-# Colours, pictures
-
 def test_terminal_is_coloured_only_on_a_terminal(monkeypatch, capsys):
-    shown = {"sudoku": (ANSWER.reshape(4, 4), QUESTION > 1, np.eye(4, dtype=bool)),
-             "maze": (np.arange(1, 6)[None],), "arc": (np.arange(10)[None],)}
-
-    def lines():
-        found = {}
-        for kind, board in shown.items():
-            solve.show("title", kind, *board)
-            title, *found[kind], blank = capsys.readouterr().out.splitlines()
-            assert (title, blank) == ("title", "")
+    def lines(kind, board):
+        solve.show("title", kind, board)
+        title, *found, blank = capsys.readouterr().out.splitlines()
+        assert (title, blank) == ("title", "")
         return found
-    plain = lines()
-    digits = [text_of(row) for row in ANSWER.reshape(4, 4)]
-    assert plain["sudoku"][1] == f"{digits[1][0]} {digits[1][1]} | {digits[1][2]} {digits[1][3]}"
-    assert plain["sudoku"][2] == "----+-----"
-    assert plain["maze"] == ["# SGo"] and plain["arc"] == ["0123456789"]
+    maze_row, arc_row = np.arange(1, 6)[None], np.arange(10)[None]
+    digits = text_of(ANSWER)
+    assert lines("sudoku", ANSWER.reshape(4, 4))[1:3] == ["{} {} | {} {}".format(*digits[4:8]), "----+-----"]
+    assert lines("maze", maze_row) == ["#   S G o"] and lines("arc", arc_row) == ["0 1 2 3 4 5 6 7 8 9"]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    coloured = lines()
-    bare = [re.sub("\033.*?m", "", line).rstrip() for line in coloured["sudoku"]]
-    assert bare == plain["sudoku"] and coloured["sudoku"][0].count("\033[41;97m") == 1
-    assert len(set(re.findall("\033.*?m", coloured["arc"][0]))) == 11
-    assert coloured["maze"][0].count("\033[48;5;") == 5
-
-
-def frames(path):
-    with Image.open(path) as image:
-        return image.n_frames, image.size[0]
-
-
-def test_gif_and_png(run, oracle, capsys, tmp_path):
-    go(run, TEXT, "--gif", tmp_path / "a.gif", "--png", tmp_path / "a.png", capsys=capsys)
-    n, width = frames(tmp_path / "a.gif")
-    assert png_width(tmp_path / "a.png") == 1200 and n >= 2 and width == 800     # equal frames are merged
-    assert (tmp_path / "a.gif").stat().st_size < 300_000
+    assert len(set(re.findall("\033.*?m", lines("arc", arc_row)[0]))) == 11
+    assert lines("maze", maze_row)[0].count("\033[48;5;") == 5
 
 
 # ---------------------------------------------------------------------------------------------
@@ -265,24 +201,19 @@ def test_maze_from_a_text_file(maze_run, tmp_path, capsys, monkeypatch):
     (tmp_path / "maze.txt").write_text(maze_text(question))
     printed = go(run, tmp_path / "maze.txt", code=1, capsys=capsys)
     assert "WRONG: the answer is not a shortest path from S to G" in printed
-
-    def think(model, inputs, ids, steps, *noise):
-        for step in range(steps):
-            board = torch.from_numpy((answer if step else question)[None]).long()
-            yield torch.nn.functional.one_hot(board, 6).float(), torch.full((1, 2), float(step))
-    monkeypatch.setattr(solve, "think", think)
+    found = np.stack([question, answer, answer])[:, None], np.zeros((3, 1))
+    monkeypatch.setattr(solve, "thoughts", lambda *args: found)
     printed = go(run, tmp_path / "maze.txt", "--png", tmp_path / "m.png", capsys=capsys)
     assert "RIGHT: the answer is a shortest path" in printed and "last changed at step 2" in printed
-    assert printed.splitlines()[1] == "#" * SIDE and png_width(tmp_path / "m.png") == 1200
+    assert printed.splitlines()[1] == " ".join("#" * SIDE) and png_width(tmp_path / "m.png") == 1200
 
 
-@pytest.mark.parametrize("how", ["lf", "crlf", "bom", "dots", "one line"])
-def test_a_maze_may_be_written_in_many_ways(maze_run, how):
+def test_a_maze_may_be_written_in_many_ways(maze_run):
     question = maze_run[1]
-    text = maze_text(question)
-    text = {"lf": text, "crlf": "\r\n" + maze_text(question, "\r\n"), "bom": "\ufeff" + text,
-            "dots": text.replace(" ", "."), "one line": "".join(" # SG"[t] for t in question)}[how]
-    assert np.array_equal(solve.read_maze(solve.read_text(text), SIDE), question)
+    plain, crlf = maze_text(question), "\r\n" + maze_text(question, "\r\n")
+    one_line = "".join(" # SG"[t] for t in question)
+    for text in (plain, crlf, "\ufeff" + plain, plain.replace(" ", "."), one_line):
+        assert np.array_equal(solve.read_maze(solve.read_text(text), SIDE), question), text
 
 
 @pytest.mark.parametrize("change, message", [
@@ -300,11 +231,13 @@ def test_bad_mazes_are_one_line(maze_run, change, message):
 TASK = {"train": [{"input": [[1, 0], [0, 0]], "output": [[0, 1], [0, 0]]},
                   {"input": [[0, 2], [0, 0]], "output": [[2, 0], [0, 0]]},
                   {"input": [[0, 0], [3, 0]], "output": [[0, 0], [0, 3]]}],
-        "test": [{"input": [[0, 0], [0, 4]], "output": [[0, 0], [4, 0]]}, {"input": [[5, 0], [0, 0]]}]}
+        "test": [{"input": [[0, 0], [0, 4]], "output": [[0, 0], [4, 0]]},
+                 {"input": [[5, 0]], "output": None}, {"input": [[5, 0]]}]}
 
 
 def write_task(folder, task=TASK, name="flip"):
-    (folder / f"{name}.json").write_text(json.dumps(task))
+    """As some editors write it."""
+    (folder / f"{name}.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(task).replace(", ", ",\r\n").encode())
     return folder / f"{name}.json"
 
 
@@ -312,13 +245,13 @@ def test_unknown_task_is_answered_from_the_mean_row(tmp_path, arc_run, capsys):
     pictures = ["--gif", tmp_path / "t.gif", "--png", tmp_path / "t.png"]
     printed = go(arc_run, write_task(tmp_path), "--augment", "2", *pictures, code=1, capsys=capsys)
     assert "flip has no row in the checkpoint's table" in printed and "of 3 votes" in printed
-    assert "test input 1:" in printed and printed.count("WRONG") == 1
-    assert png_width(tmp_path / "t.png") == 1200 and frames(tmp_path / "t.gif")[1] == 800
+    assert "test input 2:" in printed and printed.count("WRONG") == 1, "nobody knows the other two"
+    assert png_width(tmp_path / "t.png") == 1200 and (tmp_path / "t.gif").exists()
 
 
 def test_the_voted_answer_is_told_right(tmp_path, arc_run, capsys, monkeypatch):
-    """Predictions that are the target in every copy; the second test input has none."""
-    flipped = {vote.grid_key(e["input"]): np.array(e.get("output", [[7]]), np.uint8) for e in TASK["test"]}
+    """Predictions that are the target in every copy but one."""
+    flipped = {vote.grid_key(e["input"]): np.array(e.get("output") or [[7]], np.uint8) for e in TASK["test"]}
 
     def thoughts(model, inputs, ids, steps):
         examples = [tuple(np.array(e[k], np.uint8) for k in ("input", "output")) for e in TASK["train"]]
@@ -326,21 +259,18 @@ def test_the_voted_answer_is_told_right(tmp_path, arc_run, capsys, monkeypatch):
         given = [arc.undo(arc.decode(row), *aug) for row, aug in zip(inputs, copies)]
         targets = [flipped[vote.grid_key(grid)] for grid in given]
         right = np.stack([arc.encode(arc.augment(t, *aug)) for t, aug in zip(targets, copies)])
-        return np.stack([np.zeros_like(right), right]), np.zeros((2, len(right)))
+        right[0] = 0
+        return np.stack([np.zeros_like(right), right]), np.array([[0, 0, 0], [9, 0, 0]])
     monkeypatch.setattr(solve, "thoughts", thoughts)
     printed = go(arc_run, write_task(tmp_path), "--augment", "2", capsys=capsys)
-    assert "RIGHT: steps 2" in printed and printed.count("3 of 3 votes") == 2 and "WRONG" not in printed
-    assert "answer\n00\n40\n\ntarget\n00\n40\n" in printed and "answer\n7\n" in printed, printed
+    assert "RIGHT: steps 2, q_halt +0.00, 2 of 3 votes" in printed and printed.count("2 of 3 votes") == 3
+    assert "answer\n0 0\n4 0\n\ntarget\n0 0\n4 0\n" in printed and "answer\n7\n\nsteps" in printed
 
 
 def test_known_task_uses_its_rows(tmp_path, arc_split, arc_run, capsys, monkeypatch):
     task = json.loads((arc_split.dirs[0] / "test_puzzles.json").read_text())["task1"]
-    asked, think = [], scoring.think
-
-    def watched(model, inputs, ids, *rest):
-        asked.append((inputs.numpy(), ids.tolist()))
-        return think(model, inputs, ids, *rest)
-    monkeypatch.setattr(scoring, "think", watched)
+    asked, thoughts = [], solve.thoughts
+    monkeypatch.setattr(solve, "thoughts", lambda *args: asked.append(args[1:]) or thoughts(*args))
     printed = go(arc_run, write_task(tmp_path, task, "task1"), "--augment", "2", code=1, capsys=capsys)
     assert "mean row" not in printed
     names = [arc_split.names[i] for i in asked[0][1]]
@@ -350,28 +280,17 @@ def test_known_task_uses_its_rows(tmp_path, arc_split, arc_run, capsys, monkeypa
     assert all(any(np.array_equal(row, known) for known in of_dataset) for row in asked[0][0])
 
 
-def demonstration_loss(model):
-    """Mean loss of the demonstrations as they are, after 4 steps."""
-    rows = [[arc.encode(np.array(e[k])) for e in TASK["train"]] for k in ("input", "output")]
-    inputs, labels = torch.from_numpy(np.array(rows, np.int32))
-    logits, _ = scoring.last_thought(model, inputs, torch.zeros(3, dtype=torch.int32), 4)
-    return row_scores(model.cfg, logits, torch.where(labels == 0, -100, labels)).loss.mean().item()
-
-
-@pytest.mark.parametrize("flags", [[], ["--adapt-all"]])
-def test_adapting_trains_a_row_or_all(tmp_path, arc_split, capsys, monkeypatch, flags):
+def test_adapting_trains_a_row(tmp_path, arc_split, capsys, monkeypatch):
     cfg = replace(ARC_CFG, num_puzzles=arc_split.meta["num_puzzle_identifiers"], halt_max_steps=4)
     run = save_run(tmp_path / "run", arc_split, model_of(cfg))
     kept, adapt = [], solve.adapt
     monkeypatch.setattr(solve, "ADAPT_ROWS", 4)
     monkeypatch.setattr(solve, "adapt", lambda *args: kept.append(adapt(*args)) or kept[0])
-    go(run, write_task(tmp_path), "--adapt", "16", "--augment", "1", *flags, code=1, capsys=capsys)
+    go(run, write_task(tmp_path), "--adapt", "4", "--augment", "1", code=1, capsys=capsys)
     (model,), before = kept, model_of(cfg)
     before.puzzle_emb = before.puzzle_emb.mean(0).repeat(2, 1)
-    same = [torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters())]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
     assert model.puzzle_emb.shape == (2, 32) and not torch.equal(model.puzzle_emb[0], model.puzzle_emb[1])
-    assert not any(same[:2]) if flags else all(same)
-    assert not flags or demonstration_loss(model) < demonstration_loss(before) - 0.1
 
 
 @pytest.mark.parametrize("text, message", [
@@ -379,13 +298,8 @@ def test_adapting_trains_a_row_or_all(tmp_path, arc_split, capsys, monkeypatch, 
     ('{"train": [1], "test": []}', "the task has [1] as train examples"),
     (json.dumps({**TASK, "test": []}), "the task has [] as test examples"), ("{nonsense", "no ARC task"),
     (json.dumps(TASK) + "]", "as --help shows it: Extra data"), ("[" * 100_000, "no ARC task"),
-    ("missing.json", "missing.json: file not found"), ("", "the puzzle is empty"),
+    ("missing.json", "missing.json: file not found"), ("", "no ARC task"),
     (json.dumps({**TASK, "test": [{"input": [[11]]}]}), "input of test example 0 is [[11]], not a grid"),
     (json.dumps({**TASK, "test": [{"input": [[1]], "output": [[1], []]}]}), "output of test example 0 is")])
 def test_bad_tasks_are_one_line(arc_run, text, message):
     assert message in refused(arc_run, text)
-
-
-def test_a_task_file_may_have_a_bom(tmp_path, arc_run, capsys):
-    (tmp_path / "flip.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(TASK).replace(", ", ",\r\n").encode())
-    assert "test input 1:" in go(arc_run, tmp_path / "flip.json", code=1, capsys=capsys)

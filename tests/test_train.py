@@ -2,7 +2,6 @@
 import json
 import math
 import sys
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +16,8 @@ import sanity
 import train
 from common import UserError
 from data import Split
-from runs import ALONE, ROOT, Ranks, flags, go, last, log_of, run_ranks, steps_of, unlike, without_curves, write_boards
-
-
-@pytest.fixture(scope="session")
-def boards(tmp_path_factory):
-    return write_boards(tmp_path_factory.mktemp("data") / "boards")
+from runs import ALONE, ROOT, Ranks, flags, go, last, log_of, run_ranks, same_run, steps_of, unlike, \
+    without_curves, write_boards
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +39,8 @@ def plain(tmp_path_factory, boards):
 # What is refused: one line, exit code 2
 
 def test_one_line_and_exit_code_2(tmp_path, boards):
-    """For a user's error on all of two ranks as for a wrong flag, without a traceback; rank 1 waits, so that torchrun,
-    which ends it when rank 0 has ended, prints nothing twice."""
+    """For a user's error on all of two ranks as for a wrong flag, without a traceback; rank 1 waits, so that
+    torchrun, which ends it when rank 0 has ended, prints nothing twice."""
     ranks = Ranks(tmp_path, flags(boards, tmp_path / "run", "--global-batch-size", 9), 2)
     ranks.processes[0].join(60)
     assert ranks.text(0) == "error: --global-batch-size 9 is not a multiple of 2 ranks; use 8 or 10\n"
@@ -79,7 +74,8 @@ def test_one_line_and_exit_code_2(tmp_path, boards):
     (["--expansion", "0"], "argument --expansion: 0 is out of range"),
     (["--mixer", "attn", "--num-heads", "3"], "--hidden-size 32 does not give 3 heads of even width; use a"),
     (["--puzzle-emb-len", "0"], "--puzzle-emb-ndim 32 is wider than --puzzle-emb-len 0 x --hidden-size 32"),
-    (["--global-batch-size", "800"], "--epochs 4 of 20 groups do not fill one batch of --global-batch-size 800"),
+    (["--global-batch-size", "800"],
+     "--epochs 4 of 20 groups do not fill one batch of --global-batch-size 800"),
     (["--train-max-steps", "3", "2"], "--train-max-steps 3 2 does not rise; give the lower number first"),
     (["--score-mod", "sudoku"], "--score-mod sudoku needs --mixer attn and boards of"),
     (["--num-heads", "4"], "--num-heads 4 does nothing with --mixer mlp; leave it out"),
@@ -90,8 +86,8 @@ def test_one_line_and_exit_code_2(tmp_path, boards):
     (["--monitor", "val/accuracy"], "--monitor val/accuracy is not measured; choose one of val/exact_acc, "),
     (["--data", "nowhere/sudoku"], "nowhere/sudoku not found; name another folder with --data, or build it"),
     (["--data", "nowhere/arc2concept-aug-1000", "--allow-cpu"],
-     f"nowhere/arc2concept-aug-1000 not found; build it: python {ROOT / 'prepare/arc.py'} --subsets training2 "
-     f"evaluation2 concept --test-set-name evaluation2 --output-dir nowhere/arc2concept-aug-1000"),
+     f"nowhere/arc2concept-aug-1000 not found; build it: python {ROOT / 'prepare/arc.py'} --subsets "
+     f"training2 evaluation2 concept --test-set-name evaluation2 --output-dir nowhere/arc2concept-aug-1000"),
     (["--init", "nothing.ckpt"], "nothing.ckpt not found"),
 ])
 def test_refused(tmp_path, boards, monkeypatch, argv, message):
@@ -116,13 +112,15 @@ def test_batch_must_divide_by_ranks(boards, ranks, ok):
 
 
 def test_one_supervision_step_trains(tmp_path, boards):
-    assert go(*flags(boards, tmp_path, "--halt-max-steps", 1, "--halt-exploration-prob", 0.1, "--max-steps", 4)) == 0
+    one = ["--halt-max-steps", 1, "--halt-exploration-prob", 0.1]
+    assert go(*flags(boards, tmp_path, *one, "--max-steps", 4)) == 0
     assert log_of(tmp_path, "train")[-1]["train/steps"] == 1
 
 
 def test_a_new_field_of_config_is_a_flag_and_an_older_checkpoint_lacks_it(tmp_path, boards, monkeypatch):
-    """A run from before the field goes on with its default; without the field its value is refused by name."""
-    assert go(*flags(boards, tmp_path / "run", "--max-steps", 3)) == 0
+    """An older run goes on with the default of the field; without the field its value is refused by name."""
+    run_dir = tmp_path / "run"
+    assert go(*flags(boards, run_dir, "--max-steps", 3)) == 0
 
     @dataclass
     class Config(model.Config):
@@ -130,13 +128,13 @@ def test_a_new_field_of_config_is_a_flag_and_an_older_checkpoint_lacks_it(tmp_pa
     monkeypatch.setattr(train, "Config", Config)
     monkeypatch.setattr(model, "Config", Config)
     assert train.settings(flags(boards, "x", "--twist", 2), ALONE)[0].twist == 2
-    assert go("--resume", tmp_path / "run", "--max-steps", 5) == 0 and last(tmp_path / "run")["config"]["twist"] == 1
+    assert go("--resume", run_dir, "--max-steps", 5) == 0 and last(run_dir)["config"]["twist"] == 1
     with pytest.raises(UserError, match="^--twist 3.0 differs from the run's 1.0"):
-        go("--resume", tmp_path / "run", "--twist", 3)
+        go("--resume", run_dir, "--twist", 3)
     monkeypatch.undo()
     without_curves(monkeypatch)
     with pytest.raises(UserError, match="the checkpoint has twist, which this model.py does not know"):
-        go("--resume", tmp_path / "run")
+        go("--resume", run_dir)
 
 
 def test_every_preset_says_what_a_cpu_takes_or_builds_its_data(tmp_path, monkeypatch):
@@ -145,7 +143,8 @@ def test_every_preset_says_what_a_cpu_takes_or_builds_its_data(tmp_path, monkeyp
     for preset in train.PRESETS:
         if preset == "mini":
             continue
-        with pytest.raises(UserError, match=f"no GPU here: {preset} takes [0-9,]+ steps of at least [0-9]+ s"):
+        told = f"no GPU here: {preset} takes [0-9,]+ steps of at least [0-9]+ s"
+        with pytest.raises(UserError, match=told):
             go("--preset", preset)
     assert not list(tmp_path.iterdir())
 
@@ -177,7 +176,8 @@ def cut(name):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda d: (d / "train/all__labels.npy").unlink(), ["all__labels.npy not found", "build the dataset again"]),
+    (lambda d: (d / "train/all__labels.npy").unlink(),
+     ["all__labels.npy not found", "build the dataset again"]),
     (cut("train/all__inputs.npy"), ["train/all__inputs.npy", "truncated"]),
     (lambda d: (d / "test/all__inputs.npy").write_bytes(b""), ["test/all__inputs.npy", "truncated"]),
     (lambda d: (d / "train/dataset.json").write_text('{"vocab'), ["train/dataset.json", "not valid JSON"]),
@@ -201,13 +201,15 @@ def test_bad_dataset_is_refused(tmp_path, damage, words):
 
 
 def test_nan_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, boards):
-    """The weights overflow at step 6, whose loss is still finite; saving at every step keeps nothing of that."""
+    """The weights overflow at step 6, whose loss is still finite; saving at each step keeps nothing of it."""
     argv = flags(boards, tmp_path, "--checkpoint-interval", 1, "--log-interval", 1)
     assert go(*argv, "--max-steps", 5) == 0
-    with pytest.raises(UserError, match="not finite in steps 6 .. 6; the last good checkpoint is kept: lower --lr") as e:
+    told = "not finite in steps 6 .. 6; the last good checkpoint is kept: lower --lr"
+    with pytest.raises(UserError, match=told) as e:
         go("--resume", tmp_path, "--lr", 1e38)
     good = last(tmp_path)
-    assert all(t.isfinite().all() for t in good["model"].values()), f"step {good['step']} was saved, then: {e.value}"
+    finite = all(t.isfinite().all() for t in good["model"].values())
+    assert finite, f"step {good['step']} was saved, then: {e.value}"
     assert go("--resume", tmp_path, "--lr", 1e-3) == 0 and last(tmp_path)["step"] == 17
     assert all(math.isfinite(r["train/loss"]) for r in log_of(tmp_path, "train"))
 
@@ -233,8 +235,8 @@ def test_sanity_checks_say_what_they_checked(tmp_path, boards, capsys):
     assert go(*flags(boards, tmp_path / "a", "--max-steps", 1)) == 0
     out = capsys.readouterr().out
     for words in ("boards/train: 79 examples, tokens inside 0..5", "checked the first batch of train: ",
-                  "checked the first batch of test: inputs (8, 16) int32 in 1 .. 5, labels (8, 16) int32, 100% asked, "
-                  "puzzle rows 1 .. 8",
+                  "checked the first batch of test: inputs (8, 16) int32 in 1 .. 5, labels (8, 16) int32, "
+                  "100% asked, puzzle rows 1 .. 8",
                   "checked a forward and a backward: logits (8, 16, 6) float32, loss ", "gradient norm",
                   "checked an evaluation: val/exact_acc, val/cell_acc"):
         assert words in out, (words, out)
@@ -248,7 +250,8 @@ def test_log_and_result(plain, boards):
     start, result = records[0], records[-1]
     assert start["event"] == "start" and start["settings"]["data"] == [boards]
     assert start["total_steps"] == 19 and start["device"] == "cpu"
-    assert {"command", "git", "config", "torch", "ranks", "parameters", "parameters_with_puzzle_table"} <= start.keys()
+    keys = {"command", "git", "config", "torch", "ranks", "parameters", "parameters_with_puzzle_table"}
+    assert keys <= start.keys()
     assert start["parameters_with_puzzle_table"] - start["parameters"] == 41 * 32
     assert result["event"] == "result" and result["finished"]
     assert result["line"].startswith("RESULT preset=sudoku exact_acc=")
@@ -256,8 +259,9 @@ def test_log_and_result(plain, boards):
     lines = log_of(plain, "train")
     assert len({tuple(r) for r in lines}) == 1, "fixed keys"
     names = ("lr", "loss", "lm_loss", "exact_acc", "cell_acc", "q_halt_acc", "q_halt_loss", "steps", "count")
-    assert {f"train/{name}" for name in names} <= lines[0].keys()
-    assert lines[0]["train/exact_acc"] is None and lines[0]["train/count"] == 0, "no row halts in the first step"
+    first = lines[0]
+    assert {f"train/{name}" for name in names} <= first.keys()
+    assert first["train/exact_acc"] is None and first["train/count"] == 0, "no row halts in the first step"
     assert abs(lines[7]["epoch"] - 8 * 8 / (20 * 79 / 40)) < 1e-9
     for r in lines:
         assert abs(r["train/loss"] - r["train/lm_loss"] - 0.5 * r["train/q_halt_loss"]) < 1e-6
@@ -307,7 +311,7 @@ def test_grad_accum_gives_the_same_losses(plain, tmp_path, boards):
     assert go(*flags(boards, tmp_path, "--log-interval", 1, "--grad-accum", 4)) == 0
     for ours, theirs in zip(log_of(tmp_path, "train", "val"), log_of(plain, "train", "val")):
         for key in ("train/loss", "train/lm_loss", "train/q_halt_loss", "val/lm_loss"):
-            assert key not in ours or abs(ours[key] - theirs[key]) < 1e-5, (ours["step"], key, ours[key], theirs[key])
+            assert key not in ours or abs(ours[key] - theirs[key]) < 1e-5, (key, ours, theirs)
     assert len(last(tmp_path)["carry"][0]) == 8
     assert torch.equal(last(tmp_path)["model"]["puzzle_emb"], last(plain)["model"]["puzzle_emb"])
 
@@ -331,7 +335,8 @@ def test_freeze_weights_trains_the_table_only(tmp_path, boards, plain, monkeypat
         assert torch.equal(after["model"][name], average), f"{name} moved, or is not the average of --init"
     mean, table = before["model"]["puzzle_emb"].mean(0), after["model"]["puzzle_emb"]
     moved = (table != mean).any(1)
-    assert table.shape == (21, 32) and 0 < moved.sum() < 21 and not moved[0], f"{moved.sum()} of 21 rows moved"
+    assert table.shape == (21, 32)
+    assert 0 < moved.sum() < 21 and not moved[0], f"{moved.sum()} of 21 rows moved"
     with pytest.raises(UserError, match="hidden_size 32, not 64"):
         go(*flags(boards, tmp_path / "wide", "--init", plain, "--hidden-size", 64))
 
@@ -340,7 +345,7 @@ def test_init_from_the_same_puzzles_keeps_the_table(tmp_path, boards, plain):
     args, split = train.settings(flags(boards, tmp_path), ALONE)[0], Split(boards, "train")
     cfg = train.config_of(args, split.meta)
     state = train.first_weights(plain, cfg, split.identity)
-    assert torch.equal(state["puzzle_emb"], last(plain)["model"]["puzzle_emb"]) and state["puzzle_emb"].abs().max() > 0
+    assert torch.equal(state["puzzle_emb"], last(plain)["model"]["puzzle_emb"]) and state["puzzle_emb"].any()
     torch.save(hub.to_published(cfg, state), tmp_path / "published")
     assert not unlike(train.first_weights(tmp_path / "published", cfg, split.identity), state)
 
@@ -357,17 +362,18 @@ def test_limits_end_with_evaluation_and_checkpoint(tmp_path, boards, limit, step
 
 
 @pytest.mark.parametrize("argv", [
-    ["--monitor", "none", "--ema-warmup"], ["--monitor", "val/lm_loss", "--monitor-mode", "min", "--ema", "0"],
+    ["--monitor", "none", "--ema-warmup"],
+    ["--monitor", "val/lm_loss", "--monitor-mode", "min", "--ema", "0"],
     ["--grad-clip", "0.1", "--train-max-steps", "1", "3"], ["--q-continue", "--eval-limit", "5"]])
 def test_options_train_save_and_resume(tmp_path, boards, argv):
     """Bit for bit, with whatever state an option brings."""
+    run_dir = tmp_path / "run"
     assert go(*flags(boards, tmp_path / "whole", *argv)) == 0
-    assert go(*flags(boards, tmp_path / "run", *argv, "--max-steps", 8)) == 0 and go("--resume", tmp_path / "run") == 0
-    assert not unlike(last(tmp_path / "whole"), last(tmp_path / "run"))
-    assert not unlike(log_of(tmp_path / "whole", "train", "val"), log_of(tmp_path / "run", "train", "val"))
-    assert (tmp_path / "run/best.ckpt").exists() == ("none" not in argv)
+    assert go(*flags(boards, run_dir, *argv, "--max-steps", 8)) == 0 and go("--resume", run_dir) == 0
+    assert not same_run(tmp_path / "whole", run_dir)
+    assert (run_dir / "best.ckpt").exists() == ("none" not in argv)
     if "val/lm_loss" in argv:
-        best = min(log_of(tmp_path / "run", "val"), key=lambda r: r["val/lm_loss"])
-        assert rundir.load_file(tmp_path / "run/best.ckpt")["step"] == best["step"]
+        best = min(log_of(run_dir, "val"), key=lambda r: r["val/lm_loss"])
+        assert rundir.load_file(run_dir / "best.ckpt")["step"] == best["step"]
     if "--eval-limit" in argv:
-        assert log_of(tmp_path / "run", "val")[0]["val/n"] == 5
+        assert log_of(run_dir, "val")[0]["val/n"] == 5
