@@ -506,8 +506,9 @@ def parts_that_fit(cfg, rows, free):
     for parts in range(1, rows + 1):
         if rows % parts == 0 and 1.05 * train_bytes(cfg, rows, rows // parts) <= free:
             return parts
-    raise UserError(f"{rows} rows do not fit the {free / 2 ** 30:.1f} GiB that this GPU has free, not even one "
-                    "at a time; lower --global-batch-size or --hidden-size, or take more GPUs")
+    gib = f"{free / 2 ** 30:.1f} GiB"
+    raise UserError(f"{rows} rows do not fit the {gib} that this GPU has free, not even one at a time; lower "
+                    f"--global-batch-size or --hidden-size, or take more GPUs")
 
 
 def build(cfg, state):

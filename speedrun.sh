@@ -89,7 +89,8 @@ big() {  # big PRESET [flags]
 }
 
 main() {
-  local preset job=${1:-mini} jobs="mini test gpu-check sudoku sudoku-att maze arc1 arc2 all setup"; [ $# = 0 ] || shift
+  local preset job=${1:-mini} jobs="mini test gpu-check sudoku sudoku-att maze arc1 arc2 all setup"
+  [ $# = 0 ] || shift
   case $job in -h | --help) usage; return ;; esac
   [[ " $jobs " = *" $job "* ]] || die "unknown job '$job'; one of: $jobs"
   stage setup setup
