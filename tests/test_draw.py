@@ -151,7 +151,7 @@ def test_numbers_and_other_tokens():
     tokens = np.array([1, 2, 3, -100, 2])
     wrong = draw.wrong_cells(TINY, np.array([1, 3, 3, 3, 1]), tokens)
     assert wrong.tolist() == [False, True, False, False, True]
-    thoughts = draw.Thoughts(tokens.clip(0), tokens.clip(0)[None], None, np.zeros(1), tokens)
+    thoughts = draw.Thoughts(tokens.clip(0), tokens.clip(0)[None].astype(np.uint8), None, np.zeros(1), tokens)
     figure = draw.draw_panels("tokens", "title", draw.panels_of(thoughts, [1]), 3)
     assert figure.axes[1].get_title() == "step 1: q_halt +0.0"
     assert figure.axes[2].images[0].get_array().shape == (1, 5, 3) and colours(figure.axes[2])[3] == "#FFFFFF"

@@ -99,8 +99,10 @@ def test_a_row_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
     """The others are tried. The table has 80 columns with the widest figures. What is late is not tried."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu_check.gc, "collect", int)       # it takes a third of a second
-    widest = {"losses": "steps first last differ", "presets": "rows ms tflops of_product of_card peak_gib formula_gib",
-              "attention": "flex_ms flex_tflops sdpa_ms sdpa_tflops faster differ"}
+    speeds = ("rows", "ms", "tflops", "of_product", "of_card", "peak_gib", "formula_gib")
+    both = dict(flex_ms=99.9, flex_tflops=99.9, sdpa_ms=99.9, sdpa_tflops=9, faster="flex 2.00x", differ=1e-7)
+    wide = {"device": gpu_check.about(CPU), "losses": {"differ": 1e-7}, "attention": both,
+            "presets": dict.fromkeys(speeds, 0.0123), "parity": dict.fromkeys(COLUMNS, 1e-7)}
     tasks = [(part, what, partial(wide.get, part.split()[0])) for part, what, _ in plan(CPU)]
     tasks[3:3], output = [("parity", "broken", lambda: 1 / 0)], "gpu-check.json"
     assert check(tasks, output) == 1
