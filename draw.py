@@ -103,7 +103,7 @@ def draw_cells(ax, kind, grid):
     """(rows, columns) tokens as colours; returns the size of a cell in points."""
     from matplotlib.colors import to_rgb
     colours = np.array([to_rgb(colour) for colour in COLOURS[kind]])
-    tokens = grid.astype(int).clip(0) % len(colours)       # boards are uint8, too small for the number of colours
+    tokens = grid.astype(int).clip(0) % len(colours)     # uint8 is too small for their number
     ax.imshow(colours[tokens], aspect="equal" if len(grid) > 1 else "auto")
     box, (rows, columns) = ax.get_window_extent(), grid.shape
     return 72 / DPI * min(box.width / columns, box.height / rows)

@@ -233,16 +233,22 @@ class Block(nn.Module):
             self.register_parameter(name, nn.Parameter(trunc_normal(shape, shape[1] ** -0.5, generator)))
         self.mixer, self.num_heads, self.flex = cfg.mixer, cfg.num_heads, cfg.attention == "flex"
 
-    def forward(self, h, rope, score_mod):
-        """(B, L, D) to the same; with the mlp mixer (L, B, D), see swiglu_over_positions."""
-        mix_in, mix_out = self.mix_in.to(h.dtype), self.mix_out.to(h.dtype)
-        if self.mixer == "mlp":
-            # rows at a pitch of a multiple of 8: a GPU's tensor cores want 16 bytes, and L is odd (97)
+    def cast(self, dtype):
+        """(mix_in, mix_out, mlp_in, mlp_out) in the compute dtype."""
+        mix_in, *others = (w.to(dtype) for w in (self.mix_in, self.mix_out, self.mlp_in, self.mlp_out))
+        if self.mixer == "mlp" and mix_in.is_cuda:
+            # rows at a pitch of a multiple of 8: tensor cores want 16 bytes, L is odd; a CPU is 5% slower so
             mix_in = F.pad(mix_in, (0, -mix_in.shape[1] % 8))[:, :mix_in.shape[1]]
+        return mix_in, *others
+
+    def forward(self, h, weights, rope, score_mod):
+        """(B, L, D) to the same, weights of `cast`; with mixer mlp (L, B, D), see swiglu_over_positions."""
+        mix_in, mix_out, mlp_in, mlp_out = weights
+        if self.mixer == "mlp":
             h = rms_norm(h + swiglu_over_positions(h, mix_in, mix_out), dim=0)
         else:
             h = rms_norm(h + attention(h, mix_in, mix_out, self.num_heads, rope, score_mod, self.flex))
-        return rms_norm(h + swiglu(h, self.mlp_in.to(h.dtype), self.mlp_out.to(h.dtype)))
+        return rms_norm(h + swiglu(h, mlp_in, mlp_out))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -291,32 +297,36 @@ class TRM(nn.Module):
             x = math.sqrt(0.5) * (x + self.embed_pos.to(self.dtype))
         return math.sqrt(cfg.hidden_size) * x
 
-    def net(self, h, injection):
-        """The one tiny network, (B, L, D) to (B, L, D). Weights are cast to the compute dtype at every use,
-        so that the gradients of the uses are added up in float32."""
+    def net(self, h, injection, weights=None):
+        """The one tiny network, (B, L, D) to (B, L, D). weights: of every block's `cast`; by default they are
+        cast here, so that autograd adds up the gradients of all uses in float32."""
         h = h + injection
-        for block in self.blocks:
-            h = block(h, (self.cos, self.sin) if self.cfg.rope else None, self.score_mod)
+        for i, block in enumerate(self.blocks):
+            rope = (self.cos, self.sin) if self.cfg.rope else None
+            h = block(h, weights[i] if weights else block.cast(self.dtype), rope, self.score_mod)
         return h
 
-    def cycle(self, x, y, z):
+    def cycle(self, x, y, z, weights=None):
         """One round: n times z = net(z, y + x), then y = net(y, z)."""
         injection = y + x
         for _ in range(self.cfg.L_cycles):
-            z = self.net(z, injection)
-        return self.net(y, z), z
+            z = self.net(z, injection, weights)
+        return self.net(y, z, weights), z
 
     def improve(self, x, y, z):
         """The recursion of one supervision step: T rounds, all but the last without gradient."""
+        grad = torch.is_grad_enabled()
         if self.cfg.mixer == "mlp":     # positions first: see swiglu_over_positions
             x, y, z = (h.transpose(0, 1).contiguous() for h in (x, y, z))
-        with torch.no_grad():
-            for _ in range(self.cfg.H_cycles - 1):
-                y, z = self.cycle(x, y, z)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        with torch.no_grad():           # cast once for all these rounds: at every use costs a CPU 5 to 10%
+            weights = [block.cast(self.dtype) for block in self.blocks]
+            for _ in range(self.cfg.H_cycles - grad):
+                y, z = self.cycle(x, y, z, weights)
+        if grad and not torch.compiler.is_compiling():
             # every application of net below then has one signature, and compiles once
             y, z = y.detach().requires_grad_(), z.detach().requires_grad_()
-        y, z = self.cycle(x, y, z)
+        if grad:
+            y, z = self.cycle(x, y, z)
         return (y.transpose(0, 1), z.transpose(0, 1)) if self.cfg.mixer == "mlp" else (y, z)
 
     def heads(self, y):

@@ -584,14 +584,9 @@ def run_preset(argv, world):
 
 
 def main(argv=None):
-    try:
-        args = flags().parse_args(argv)
-        world = start_world(args.device, args.dist_timeout)
-        code = run_preset(argv, world)
-    except (UserError, OSError):
-        if int(os.environ.get("RANK", 0)):   # mostly rank 0 says the same, and then torchrun ends this one
-            time.sleep(2)
-        raise
+    args = flags().parse_args(argv)
+    world = start_world(args.device, args.dist_timeout)
+    code = run_preset(argv, world)
     world.close()
     return code
 

@@ -336,11 +336,11 @@ def test_gradients_of_the_uses_are_summed_in_float32(mixer):
     whole, apart, n_used = backward(make(cfg)), make(cfg), 0
     copies = [copy.deepcopy(apart.blocks) for _ in range(cfg.L_cycles + 1)]
 
-    def net(h, injection):
+    def net(h, injection, weights):
         nonlocal n_used
         used = n_used % len(copies)     # the same copies in every round; only the last has a gradient
         apart.blocks, n_used = copies[used], n_used + 1
-        return TRM.net(apart, h, injection)
+        return TRM.net(apart, h, injection, weights)
     apart.net = net
     backward(apart)
     assert n_used == cfg.H_cycles * len(copies)
