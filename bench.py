@@ -12,10 +12,10 @@ import json
 from functools import partial
 from pathlib import Path
 
+import common  # before torch, for a Ctrl-C while that is imported
 import numpy as np
 import torch
 
-import common
 import eval as scoring
 import prepare
 import train

@@ -1,6 +1,7 @@
 """What every script needs: errors of one line, flags, processes and devices, files that are all or nothing.
 
-Nothing here knows a model, a dataset or a task. Importing it does nothing.
+Nothing here knows a model, a dataset or a task. Scripts import it first: all that its import does is to make
+one line of a Ctrl-C while torch is imported, which takes seconds; later `cli` does that.
 """
 import argparse
 import ctypes
@@ -18,6 +19,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+
+if sys.excepthook is sys.__excepthook__:
+    def one_line_for_ctrl_c(kind, *error):
+        if kind is KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, *error)
+    sys.excepthook = one_line_for_ctrl_c
 
 import torch
 import torch.distributed as dist

@@ -19,6 +19,7 @@ from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
 
+import common  # noqa: F401  before torch, for a Ctrl-C while that is imported
 import numpy as np
 import torch
 

@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import common  # before torch, for a Ctrl-C while that is imported
 import numpy as np
 import torch
 
-import common
 import prepare
 import train
 from bench import bench

@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import common  # noqa: F401  before torch, for a Ctrl-C while that is imported
 import torch
 import torch.distributed as dist
 import yaml  # huggingface_hub brings it

@@ -17,6 +17,7 @@ from dataclasses import replace
 from math import isqrt
 from pathlib import Path
 
+import common  # noqa: F401  before torch, for a Ctrl-C while that is imported
 import numpy as np
 import torch
 

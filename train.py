@@ -20,6 +20,7 @@ from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
+import common  # noqa: F401  before torch, for a Ctrl-C while that is imported
 import torch
 
 import draw

@@ -1,11 +1,18 @@
 """What every script leans on: how it ends, flags with a range, files that are all or nothing."""
 import argparse
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import common
 from common import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def interrupted():
@@ -77,3 +84,15 @@ def test_json_of_the_wrong_kind(tmp_path, text, kind, message):
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(UserError, match=f"^{path} {message}; the cure$"):
         common.read_json(path, "the cure", kind)
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "solve.py", "bench.py", "hub.py", "draw.py",
+                                    "gpu_check.py", "prepare/arc.py", "prepare/maze.py", "prepare/sudoku.py"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
+    """A torch.py whose import is interrupted stands for it."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # Python then ends by the signal itself, which is 130 to a shell
+    assert done.returncode in (-signal.SIGINT, 130) and done.stderr.split() == ["interrupted"], done.stderr
