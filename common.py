@@ -218,7 +218,7 @@ def start_world(device, timeout_s):
             store = next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
             # torchrun hands a process that it starts again the store of the one that died, with its addresses
             if os.environ.get("LOCAL_WORLD_SIZE") == str(size):   # several machines may count differently
-                store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+                store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, device)

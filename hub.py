@@ -226,6 +226,21 @@ def read_model(content, settings, seq_len, ema):
     return cfg, state
 
 
+def first_weights(path, cfg, identity):
+    """State dict of --init, of our checkpoints (average) or a published one. A table of other puzzles is
+    replaced by its mean row. Raises UserError."""
+    content = load_weights(find_file(path))
+    for name in ("H_cycles", "L_cycles", "score_mod", "halt_max_steps"):    # no shape tells these
+        trained = content.get("config", {}).get(name, getattr(cfg, name))
+        if trained != getattr(cfg, name):
+            print(f"note: {path} was trained with {name} {trained}, not {getattr(cfg, name)}",
+                  file=sys.stderr)
+    state = read_model(content, asdict(cfg), cfg.seq_len, ema=True)[1]
+    if content.get("identity", identity) != identity or len(state["puzzle_emb"]) != cfg.num_puzzles:
+        state["puzzle_emb"] = state["puzzle_emb"].mean(0).repeat(cfg.num_puzzles, 1)
+    return state
+
+
 # ---------------------------------------------------------------------------------------------
 # The hub
 
@@ -298,7 +313,9 @@ def push(name, path, content, cfg, state, averaged):
     from huggingface_hub import HfApi
     file, cure = path.with_name("results.json"), f"score it first: python eval.py --checkpoint {path}"
     results = read_json(file, cure)
-    scored = results["about"]["checkpoint"]
+    scored, effort = results.get("about", {}).get("checkpoint", "an unknown file"), results.get("effort", {})
+    if effort not in ({}, {"steps": None, "halt": None, "rollouts": 1, "noise": 0.0, "augment": 0}):
+        raise UserError(f"{file} was measured with more than the usual steps ({effort}); {cure}")
     if not scored.endswith(f"{path.name}, {'averaged' if averaged else 'last'} weights"):
         raise UserError(f"{file} is of {scored}, not of {path.name}; {cure}")
     measured = json.dumps({k: results[k] for k in ("metrics", "intervals")}, indent=1)

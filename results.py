@@ -58,7 +58,8 @@ def compare(*paths):
     tail = 0.5 * math.erfc(z / math.sqrt(2))
     print(f"{name}: A {p:.4f} of {n:,}, B {p2:.4f} of {n2:,}: B - A = {p2 - p:+.4f}\n"
           f"two proportions: z = {z:.3f}, one-sided p = {tail:.4g} that B is no better")
-    files = [Path(path).with_name(Path(path).name.replace("results.json", "right.npz")) for path in paths]
+    prefixes = ["part-" if Path(path).name.startswith("part-") else "" for path in paths]
+    files = [Path(path).with_name(f"{prefix}right.npz") for path, prefix in zip(paths, prefixes)]
     a, b = (np.load(f) if f.exists() else {"row": None, "data": None} for f in files)
     if a["data"] is None or a["data"] != b["data"] or not np.array_equal(a["row"], b["row"]):
         print("McNemar: needs right.npz of the same rows of the same data beside both")

@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from data import Cursor, Split, exploration, prefetch, training_order
 from model import OVER_ALL_ROWS, TRM, Batch, Carry, Config, act_loss, build, compile_model, metric_names, \
     parts_that_fit, read_config
 from optim import AdamATan2, Flat, schedule, sign_sgd
-from rundir import Bar, Log, Signals, Stopped, checkpoints, find_checkpoint, find_file, mirror, new_run_dir, \
+from rundir import Bar, Log, Signals, Stopped, checkpoints, find_checkpoint, mirror, new_run_dir, \
     read_log, save_checkpoint
 
 # What each task changes (the 8-GPU reproduction's settings). A flag on the command line wins.
@@ -54,7 +55,7 @@ PRESETS = {
 }
 LIMIT = 1   # why a run stops: --max-steps or --max-minutes; else the number of a signal, which is higher
 MATTERS = ("preset", "global_batch_size", "seed", "eval_interval")  # no change on resume; nor of the Config
-NOT_SAVED = ("resume", "max_steps", "max_minutes", "device", "dist_timeout", "allow_cpu", "grad_accum")
+NOT_SAVED = ("resume", "max_steps", "max_minutes", "device", "dist_timeout", "allow_cpu")   # of this start
 
 
 # ---------------------------------------------------------------------------------------------
@@ -183,6 +184,11 @@ def config_of(args, meta):
     return Config(**sizes, **{f.name: getattr(args, f.name) for f in fields(Config) if f.metadata})
 
 
+def goes_on(args):
+    """Whether the run was resumed where it is; else it is new, or a branch of another one."""
+    return bool(args.resume) and Path(args.resume).resolve().parent == Path(args.run_dir).resolve()
+
+
 def total_training_steps(args, meta):
     return int(args.epochs * meta["total_groups"] * meta["mean_puzzle_examples"] / args.global_batch_size)
 
@@ -238,6 +244,7 @@ def batches(run, split):
     G = args.global_batch_size
     mine = slice(world.rank * run.rows, (world.rank + 1) * run.rows)
     while cursor.iteration <= -(-args.epochs // args.eval_interval):
+        iteration = cursor.iteration
         epochs = min(args.eval_interval, args.epochs - (cursor.iteration - 1) * args.eval_interval)
         order = training_order(split, args.seed, epochs, G, cursor)
         for examples, puzzles, cursor in order:
@@ -247,6 +254,8 @@ def batches(run, split):
             batch = Batch(*map(torch.from_numpy, arrays))
             # pinned memory is copied to a GPU while it computes
             yield Batch(*(t.pin_memory() for t in batch)) if world.device.type == "cuda" else batch, cursor
+        if cursor.iteration == iteration:       # the epochs that are left do not fill a batch
+            cursor = Cursor(iteration + 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,7 +273,9 @@ class Run:
         self.adam = AdamATan2(self.flat.data, args.beta1, args.beta2, args.weight_decay)
         self.ema = self.flat.data.clone() if args.ema else None
         self.rows = args.global_batch_size // world.size            # of this rank
+        self.parts = args.grad_accum or 1
         self.delta = torch.zeros(self.rows, cfg.puzzle_emb_ndim, device=world.device, requires_grad=True)
+        self.delta.grad = torch.zeros_like(self.delta)              # without puzzle positions none comes
         self.carry = None                                           # made with the first batch
         self.max_steps = torch.tensor(args.halt_max_steps, dtype=torch.int32, device=world.device)
         self.sums, self.health = {}, torch.zeros((), device=world.device)    # since the last log line
@@ -279,7 +290,7 @@ class Run:
     @property
     def part(self):
         """Rows that go through the model at once."""
-        return self.rows // (self.args.grad_accum or 1)
+        return self.rows // self.parts
 
     def tensors(self):
         """{name: tensor} of what every rank holds alike."""
@@ -330,16 +341,6 @@ class Run:
             held = self.flat.data.clone()
             self.flat.data.copy_(self.ema)
             self.ema.copy_(held)
-
-
-def first_weights(path, cfg, identity):
-    """State dict of --init, of our checkpoints (average) or a published one. A table of other puzzles is
-    replaced by its mean row. Raises UserError."""
-    content = hub.load_weights(find_file(path))
-    state = hub.read_model(content, asdict(cfg), cfg.seq_len, ema=True)[1]
-    if content.get("identity", identity) != identity or len(state["puzzle_emb"]) != cfg.num_puzzles:
-        state["puzzle_emb"] = state["puzzle_emb"].mean(0).repeat(cfg.num_puzzles, 1)
-    return state
 
 
 # ---------------------------------------------------------------------------------------------
@@ -453,7 +454,8 @@ def evaluate_and_log(run, test, log, signals):
     log.write("val", run.step, epoch=run.epoch, **metrics)      # from here on it counts as done
     shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
     log.say(f"step {run.step}/{run.total_steps}: {shown}")
-    draw.plot([folder], folder / "train_vs_val.png")
+    with suppress(OSError):     # a picture is not worth a run
+        draw.plot([folder], folder / "train_vs_val.png")
     return metrics
 
 
@@ -465,14 +467,15 @@ def train(run, split, test, log):
 
     An evaluation is due when the checkpoint ends an iteration and the log lacks it: it was cut short."""
     args, world, outcome, stop = run.args, run.world, None, 0
-    started = tick = time.perf_counter()
+    started = time.perf_counter()
     last_step = min(run.total_steps, args.max_steps or run.total_steps)
     done = any(r["event"] == "val" and r["step"] == run.step for r in log.records)
     ended = run.step and (run.cursor.rng is None or run.step == run.total_steps)
-    due = ended and not done and Path(args.resume).parent == Path(args.run_dir)     # else it begins a branch
+    due = ended and not done and goes_on(args)
     with Signals() as signals, Bar(run, log) as bar:
         if world.agree(int(bool(due) and world.rank == 0)):
             outcome = evaluate_and_log(run, test, log, signals)
+        tick = time.perf_counter()
         for batch, cursor in prefetch(batches(run, split)):
             if run.step >= last_step:
                 break
@@ -511,7 +514,7 @@ def open_run(args, checkpoint, world, train_split, test, cfg):
     if world.rank == 0 and checkpoint:
         must_match(checkpoint, cfg, data)
     if args.init and not args.resume:
-        state = first_weights(args.init, cfg, data["identity"])
+        state = hub.first_weights(args.init, cfg, data["identity"])
     run = Run(args, cfg, world, state)
     run.data, run.total_steps = data, total_training_steps(args, meta)
     run.epoch_rows = meta["total_groups"] * meta["mean_puzzle_examples"]
@@ -521,7 +524,7 @@ def open_run(args, checkpoint, world, train_split, test, cfg):
     return run
 
 
-def finish(run, test, log, metrics, wall_s):
+def finish(run, test, log, metrics, finished, wall_s):
     """The RESULT line, which ends the log, and a picture of one puzzle for the small boards."""
     args, results = run.args, {k.removeprefix("val/"): v for k, v in metrics.items()}
     if run.world.rank:
@@ -531,13 +534,13 @@ def finish(run, test, log, metrics, wall_s):
         run.with_ema()
         run.model.eval()
         pictures.append(Path(args.run_dir) / "puzzle.png")
-        draw.draw_steps(test.kind, pictures[-1], scoring.slow_puzzle(run.model, test, run.rows))
+        with suppress(OSError):
+            draw.draw_steps(test.kind, pictures[-1], scoring.slow_puzzle(run.model, test, run.rows))
     line = scoring.result_line(args.preset, results, run.step, run.train_s, run.world.device)
     log.say(f"wall time of training, evaluation and saving: {wall_s:.0f} s; pictures: "
             f"{', '.join(map(str, pictures))}")
     log.say(line)
-    log.write("result", run.step, line=line, train_s=run.train_s, finished=run.step >= run.total_steps
-              or run.cursor.iteration > -(-args.epochs // args.eval_interval), **results)
+    log.write("result", run.step, line=line, train_s=run.train_s, finished=finished, **results)
 
 
 def run_preset(argv, world):
@@ -553,13 +556,12 @@ def run_preset(argv, world):
     train_split, test, cfg = open_data(args, world)
     if not args.run_dir:    # rank 0 makes one for all
         args.run_dir = world.gather_objects(new_run_dir(args.preset) if world.rank == 0 else None)[0]
-    if not args.resume and checkpoints(args.run_dir):
+    if checkpoints(args.run_dir) and not goes_on(args):
         raise UserError(f"{args.run_dir} holds the checkpoints of a run; go on with --resume {args.run_dir}, "
                         f"or name another --run-dir")
-    if not args.grad_accum and world.device.type == "cuda":     # as many as the fullest GPU needs
-        rows, free = args.global_batch_size // world.size, torch.cuda.mem_get_info(world.device)[0]
-        args.grad_accum = world.agree(parts_that_fit(cfg, rows, free))
     run = open_run(args, checkpoint, world, train_split, test, cfg)
+    if not args.grad_accum and world.device.type == "cuda":     # as many as the fullest GPU needs
+        run.parts = world.agree(parts_that_fit(cfg, run.rows, torch.cuda.mem_get_info(world.device)[0]))
     with Log(args.run_dir, world.rank, run.step if args.resume else None, args.wandb, vars(args)) as log:
         lacks = compiler_lacks(world.device)
         if args.compile and lacks:
@@ -578,9 +580,11 @@ def run_preset(argv, world):
             name = signal.Signals(stop).name
             log.say(f"stopped by {name} at step {run.step}; go on with --resume {args.run_dir}")
             return 128 + stop
-        if metrics is None or (args.eval_limit or len(test)) < len(test):   # resumed at its end; or a part
+        part = (args.eval_limit or len(test)) < len(test)
+        if metrics is None or part and metrics["val/n"]:    # resumed at its end; or only a part was scored
             metrics = evaluate(run, test, None)
-        finish(run, test, log, metrics, time.time() - began)
+        cut = stop or args.max_steps and run.step >= args.max_steps
+        finish(run, test, log, metrics, run.step >= run.total_steps or not cut, time.time() - began)
     return 0
 
 

@@ -78,7 +78,8 @@ def must_exist(folders, recipes=None):
         if Path(folder).exists():
             continue
         dataset, recipe = known(folder), (recipes or {}).get(folder)
-        how = (dataset.builder, dataset.flags) if dataset else recipe_flags(recipe)
+        # what the checkpoint remembers is surer than a name
+        how = recipe_flags(recipe) or dataset and (dataset.builder, dataset.flags)
         raise UserError(f"{folder} not found; " + (
             f"build it: {command(*how, folder)}" if how else
             "name another folder with --data, or build it: prepare/{sudoku,maze,arc}.py --help say how"))

@@ -362,6 +362,8 @@ def main(argv=None):
     digests = {str(path.relative_to(source)): sha256(path) for path in chain(*files.values())}
     recipe = {"builder": "arc", **vars(args), "hidden_test_set": hidden, "source_sha256": digests}
     del recipe["output_dir"]        # where it lies is not what it is
+    if args.source != "download":
+        recipe["source"] = str(source.resolve())    # to build it again from any directory
     arc = "arc2" if scored == "evaluation2" else "arc1"
     with building(args.output_dir or f"data/{arc}concept-aug-{args.num_aug}") as tmp:
         write_arc_split(tmp / "train", train, ids, True, rng)

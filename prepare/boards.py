@@ -158,7 +158,8 @@ def read_source(args, game):
         if source == "hf":
             import huggingface_hub  # only here, so that nothing else needs it
             source = huggingface_hub.snapshot_download(game.repo, repo_type="dataset", allow_patterns=names)
-        paths = [Path(source)] if source.endswith(".csv") else [Path(source, name) for name in names]
+        one_file = source.endswith(".csv") or Path(source).is_file()
+        paths = [Path(source)] if one_file else [Path(source, name) for name in names]
         for path in paths:
             read.append(read_csv(path, game, lengths, args.min_difficulty))
             lengths = {read[0].shape[2]}        # the first file decides for the second
@@ -219,4 +220,6 @@ def load(args, game, make, rng):
     recipe = {"builder": game.builder, **vars(args), "name": source_name(args, game),
               "files": {path.name: sha256(path) for path in paths}}
     del recipe["output_dir"]
+    if paths and args.source != "hf":
+        recipe["source"] = str(Path(args.source).resolve())     # to build it again from any directory
     return train, test, recipe

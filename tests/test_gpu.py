@@ -1,5 +1,6 @@
 """What a GPU asks for, checked without one: memory, parts of a batch, determinism, attention, evaluations."""
 import itertools
+import types
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_a_row_that_does_not_fit_is_one_line():
 
 def test_parts_are_chosen_on_a_gpu_only_and_by_the_fullest_one(tmp_path, monkeypatch):
     """The choice of the rank with the least memory holds for all; a typed --grad-accum wins."""
-    seen, world = [], common.World(0, 1, torch.device("cuda"))
+    seen, made, world = [], [], common.World(0, 1, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 ** 9, 10 ** 9))
     monkeypatch.setattr(train, "parts_that_fit", lambda cfg, rows, free: seen.append((rows, free)) or 2)
     monkeypatch.setattr(common.World, "agree", lambda self, number: number * 2)
@@ -60,13 +61,18 @@ def test_parts_are_chosen_on_a_gpu_only_and_by_the_fullest_one(tmp_path, monkeyp
         pass
 
     def open_run(args, *others):
-        raise Chosen(args.grad_accum)
+        made.append(types.SimpleNamespace(rows=args.global_batch_size, parts=args.grad_accum or 1, step=0))
+        return made[-1]
+
+    def log(*others):
+        raise Chosen
     monkeypatch.setattr(train, "open_run", open_run)
+    monkeypatch.setattr(train, "Log", log)
     flags = runs.flags(runs.write_boards(tmp_path / "boards"), tmp_path / "run", "--device", "auto")
-    with pytest.raises(Chosen, match="4"):
-        train.run_preset(flags, world)
-    with pytest.raises(Chosen, match="8"):
-        train.run_preset([*flags, "--grad-accum", "8"], world)
+    for more, parts in ([], 4), (["--grad-accum", "8"], 8):
+        with pytest.raises(Chosen):
+            train.run_preset([*flags, *more], world)
+        assert made[-1].parts == parts
     assert seen == [(8, 10 ** 9)]
 
 

@@ -344,10 +344,10 @@ def test_freeze_weights_trains_the_table_only(tmp_path, boards, plain, monkeypat
 def test_init_from_the_same_puzzles_keeps_the_table(tmp_path, boards, plain):
     args, split = train.settings(flags(boards, tmp_path), ALONE)[0], Split(boards, "train")
     cfg = train.config_of(args, split.meta)
-    state = train.first_weights(plain, cfg, split.identity)
+    state = hub.first_weights(plain, cfg, split.identity)
     assert torch.equal(state["puzzle_emb"], last(plain)["model"]["puzzle_emb"]) and state["puzzle_emb"].any()
     torch.save(hub.to_published(cfg, state), tmp_path / "published")
-    assert not unlike(train.first_weights(tmp_path / "published", cfg, split.identity), state)
+    assert not unlike(hub.first_weights(tmp_path / "published", cfg, split.identity), state)
 
 
 @pytest.mark.parametrize("limit, steps", [(("--max-steps", 6), 6), (("--max-minutes", 1e-9), 1)])
@@ -377,3 +377,36 @@ def test_options_train_save_and_resume(tmp_path, boards, argv):
         assert rundir.load_file(run_dir / "best.ckpt")["step"] == best["step"]
     if "--eval-limit" in argv:
         assert log_of(run_dir, "val")[0]["val/n"] == 5
+
+
+@pytest.mark.parametrize("argv, steps", [
+    (["--epochs", 5, "--eval-interval", 2, "--global-batch-size", 48], [1, 2]),     # the fifth fills no batch
+    (["--epochs", 3, "--eval-interval", 1, "--global-batch-size", 64], [])])        # and here none does
+def test_epochs_that_fill_no_batch_end(tmp_path, boards, argv, steps):
+    """Instead of waiting for one for ever."""
+    assert go(*flags(boards, tmp_path, *argv, "--log-interval", 1)) == 0
+    assert steps_of(tmp_path, "train") == steps and log_of(tmp_path)[-1]["finished"]
+
+
+def test_no_puzzle_positions(tmp_path, boards):
+    assert go(*flags(boards, tmp_path, "--puzzle-emb-len", 0, "--puzzle-emb-ndim", 0, "--max-steps", 2)) == 0
+    assert last(tmp_path)["model"]["puzzle_emb"].shape == (41, 0)
+
+
+def test_init_says_what_no_shape_tells(tmp_path, boards, plain, capsys):
+    assert go(*flags(boards, tmp_path, "--init", plain, "--L-cycles", 2, "--max-steps", 1)) == 0
+    assert f"note: {plain} was trained with L_cycles 1, not 2" in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_into_the_folder_of_another(tmp_path, boards, plain):
+    assert go(*flags(boards, tmp_path / "other", "--max-steps", 2)) == 0
+    before = (tmp_path / "other/log.jsonl").read_bytes()
+    with pytest.raises(UserError, match="other holds the checkpoints of a run"):
+        go("--resume", plain, "--run-dir", tmp_path / "other", "--epochs", 5)
+    assert (tmp_path / "other/log.jsonl").read_bytes() == before
+
+
+def test_a_typed_grad_accum_holds_after_a_resume(tmp_path, boards):
+    assert go(*flags(boards, tmp_path, "--grad-accum", 4, "--max-steps", 2)) == 0
+    assert go("--resume", tmp_path, "--max-steps", 3) == 0
+    assert [r["settings"]["grad_accum"] for r in log_of(tmp_path, "start")] == [4, 4]
