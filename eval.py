@@ -545,7 +545,8 @@ def run(args, world):
     effort = effort_of(args)
     opened = open_model(args, world, reset=args.reset_puzzle_emb)
     check_task(args, opened)
-    output = Path(args.output or (f"runs/eval-{args.hf.split('/')[1]}" if args.hf else opened.path.parent))
+    beside = "runs/eval-" + "-".join(args.hf.split("/")[1:]) if args.hf else opened.path.parent
+    output = Path(args.output or beside)
     if world.rank == 0:
         must_be_writable(output)
     results, found = measure(args, world, opened, effort)

@@ -314,13 +314,14 @@ def push(name, path, content, cfg, state, averaged):
     file, cure = path.with_name("results.json"), f"score it first: python eval.py --checkpoint {path}"
     results = read_json(file, cure)
     scored, effort = results.get("about", {}).get("checkpoint", "an unknown file"), results.get("effort", {})
-    if effort not in ({}, {"steps": None, "halt": None, "rollouts": 1, "noise": 0.0, "augment": 0}):
-        raise UserError(f"{file} was measured with more than the usual steps ({effort}); {cure}")
+    if {**effort, "steps": None} != {"steps": None, "halt": None, "rollouts": 1, "noise": 0.0, "augment": 0}:
+        raise UserError(f"{file} is not of a plain evaluation, which pushed weights are known by; {cure}")
+    steps = f" --steps {effort['steps']}" if effort["steps"] else ""
     if not scored.endswith(f"{path.name}, {'averaged' if averaged else 'last'} weights"):
         raise UserError(f"{file} is of {scored}, not of {path.name}; {cure}")
     measured = json.dumps({k: results[k] for k in ("metrics", "intervals")}, indent=1)
     card = (f"# {name}\n\nWeights of a Tiny Recursive Model (arXiv 2510.04871), measured by `python eval.py "
-            f"--hf {name} --data {results['about']['data']}`:\n\n```json\n{measured}\n```\n")
+            f"--hf {name} --data {results['about']['data']}{steps}`:\n\n```json\n{measured}\n```\n")
     try:
         with tempfile.TemporaryDirectory() as tmp:
             export(Path(tmp, path.stem), content, cfg, state)

@@ -169,7 +169,7 @@ def copies_of(opened, task_id, examples, args):
     if args.adapt:
         model = adapt(model, examples, augs, args.adapt)
     else:
-        print(f"{task_id} has no row in the checkpoint's table.\n"
+        print(f"{task_id} has no row in the checkpoint's table, or its dataset is not here to tell.\n"
               f"Answering from the mean row; --adapt N trains one.\n")
     return model, list(range(len(augs))), augs
 

@@ -193,6 +193,9 @@ def test_push_and_back(server, weights):
     assert metrics("runs/eval-mini-trm") == pytest.approx(metrics(folder), rel=1e-6)
     with pytest.raises(UserError, match="cannot push to bad name.*hf auth login"):
         hub.main(["push", str(folder), "bad name"])
+    write_json(folder / "results.json", {**results, "effort": {**results["effort"], "halt": 0.0}})
+    with pytest.raises(UserError, match="is not of a plain evaluation"):
+        hub.main(push)
     results["about"]["checkpoint"] = results["about"]["checkpoint"].replace("step_00000010", "step_00000005")
     write_json(folder / "results.json", results)
     with pytest.raises(UserError, match="step_00000005.ckpt, last weights, not of step_00000010.ckpt; score"):

@@ -492,6 +492,8 @@ def test_bad_csv(text, words, tmp_path, capsys):
     (sudoku, "--source generate --seed 4294967296", "--seed: 4294967296 is out of range"),
     (sudoku, "--source generate --subsample-size 0", "--subsample-size: 0 is out of range; give 1 or more"),
     (sudoku, "--source generate --min-difficulty 1", "--min-difficulty 1 needs ratings"),
+    (sudoku, "--source {}/bare.csv --size 9", "--size does nothing without --source generate"),
+    (maze, "--source {} --min-path 5", "--min-path does nothing without --source generate"),
     (sudoku, "--source generate --num-train 5 --num-test 5 --subsample-size 6", "6 is more than the 5 "),
     (sudoku, "--source generate --size 4 --num-train 60 --num-test 1", "ask for fewer"),
     (maze, "--source generate --size 4", "--size: 4 is out of range; give 5 .. 100"),
