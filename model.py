@@ -316,11 +316,12 @@ class TRM(nn.Module):
     def improve(self, x, y, z):
         """The recursion of one supervision step: T rounds, all but the last without gradient."""
         grad = torch.is_grad_enabled()
+        rounds = self.cfg.H_cycles - grad       # those without gradient
         if self.cfg.mixer == "mlp":     # positions first: see swiglu_over_positions
             x, y, z = (h.transpose(0, 1).contiguous() for h in (x, y, z))
         with torch.no_grad():           # cast once for all these rounds: at every use costs a CPU 5 to 10%
-            weights = [block.cast(self.dtype) for block in self.blocks]
-            for _ in range(self.cfg.H_cycles - grad):
+            weights = [block.cast(self.dtype) for block in self.blocks] if rounds else None
+            for _ in range(rounds):
                 y, z = self.cycle(x, y, z, weights)
         if grad and not torch.compiler.is_compiling():
             # every application of net below then has one signature, and compiles once

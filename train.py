@@ -561,11 +561,11 @@ def run_preset(argv, world):
                         f"or name another --run-dir")
     run = open_run(args, checkpoint, world, train_split, test, cfg)
     if not args.grad_accum and world.device.type == "cuda":     # as many as the fullest GPU needs
-        run.parts = world.agree(parts_that_fit(cfg, run.rows, torch.cuda.mem_get_info(world.device)[0]))
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()      # the run's own counts as free
+        run.parts = world.agree(parts_that_fit(cfg, run.rows, free))
     with Log(args.run_dir, world.rank, run.step if args.resume else None, args.wandb, vars(args)) as log:
-        lacks = compiler_lacks(world.device)
-        if args.compile and lacks:
-            notes.append(f"not compiled, which is slower: this machine lacks {lacks}")
+        if args.compile and compiler_lacks(world.device):
+            notes.append(f"not compiled, which is slower: this machine lacks {compiler_lacks(world.device)}")
         elif args.compile:
             compile_model(run.model)
         sanity.describe(run, log, notes)

@@ -53,7 +53,8 @@ def test_a_row_that_does_not_fit_is_one_line():
 def test_parts_are_chosen_on_a_gpu_only_and_by_the_fullest_one(tmp_path, monkeypatch):
     """The choice of the rank with the least memory holds for all; a typed --grad-accum wins."""
     seen, made, world = [], [], common.World(0, 1, torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 ** 9, 10 ** 9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 ** 9, 10 ** 9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 24)
     monkeypatch.setattr(train, "parts_that_fit", lambda cfg, rows, free: seen.append((rows, free)) or 2)
     monkeypatch.setattr(common.World, "agree", lambda self, number: number * 2)
 
@@ -73,7 +74,7 @@ def test_parts_are_chosen_on_a_gpu_only_and_by_the_fullest_one(tmp_path, monkeyp
         with pytest.raises(Chosen):
             train.run_preset([*flags, *more], world)
         assert made[-1].parts == parts
-    assert seen == [(8, 10 ** 9)]
+    assert seen == [(8, 10 ** 9 + 24)]
 
 
 def test_out_of_memory_names_the_flag_and_is_no_dead_rank(capsys):
