@@ -20,46 +20,58 @@ import eval as scoring
 import prepare
 import train
 from common import Parser, UserError, cli, within
-from data import Split
+from data import Split, parts_of
 from model import Batch, act_loss, compile_model, flops, row_scores
 from vote import ArcVotes, test_puzzles
 
 
 def open_run(preset, world, rows=None, dtype=None):
-    """(train.Run with random weights, Batch of random boards); the arguments are those of bench."""
+    """(train.Run with random weights, [Batch of random boards of every part]); the arguments are those of
+    bench. Only with canvases the data must be there, which say how many rows lie on each."""
     known = prepare.known(train.PRESETS[preset]["data"][0])
     if not known:
         raise UserError(f"--preset {preset}: the shape of its data is not known; add them to prepare.KNOWN")
     parser = train.flags()
     parser.set_defaults(**train.PRESETS[preset])
-    settings = parser.parse_args([])
+    settings = parser.parse_args(["--allow-cpu"])
     settings.dtype = dtype or settings.dtype
     if settings.dtype == "auto":    # rank 0 decides
         settings.dtype = world.gather_objects(common.fastest_dtype(world.device))[0]
-    cfg = train.config_of(settings, known.shape)
+    split = train.open_data(settings, world)[0] if settings.canvases else None
+    cfg = train.config_of(settings, split.meta if split else known.shape)
     positions = 2 ** 16 if world.device.type == "cuda" else 2 ** 12     # arc1: 71 rows (18 GiB) or 4
     rows = rows or max(1, min(settings.global_batch_size // world.size, positions // cfg.length))
+    rows = max(rows, 8 * len(settings.canvases or ()))
     settings.global_batch_size = rows * world.size
-    generator = torch.Generator().manual_seed(0)
+    parts = parts_of(split, settings.global_batch_size, world.size) if split else None
+    run, generator = train.Run(settings, cfg, world, parts=parts), torch.Generator().manual_seed(0)
+    return run, [random_batch(run.config_of(part), n, generator, world.device)
+                 for part, n in zip(run.parts, run.rows_of)]
+
+
+def random_batch(cfg, rows, generator, device):
     boards = torch.randint(1, cfg.vocab_size, (2, rows, cfg.seq_len), generator=generator).int()
     zeros = torch.zeros(rows, dtype=torch.int32)        # the blank puzzle, no exploration
-    return train.Run(settings, cfg, world), Batch(*(t.to(world.device) for t in (*boards, zeros, zeros)))
+    return Batch(*(t.to(device) for t in (*boards, zeros, zeros)))
 
 
-def calls_of(run, batch):
+def calls_of(run, batches):
     """{what: a function that does it once}"""
     def step():
-        train.backward(run, batch)
+        train.backward(run, batches)
         train.update(run, 1.0)
 
     def forward():
-        carry, logits, q = run.model.step(run.carry, batch, run.delta, run.max_steps)
-        act_loss(run.cfg, carry, logits, q)
+        for carry, batch in zip(run.carries, batches):
+            delta = run.delta[:len(batch.inputs)]
+            carry, logits, q = run.model.step(carry, batch, delta, run.max_steps)
+            act_loss(run.cfg, carry, logits, q)
 
     def evaluation():
-        for logits, _ in scoring.think(run.model, batch.inputs, batch.puzzle_ids, run.cfg.halt_max_steps):
-            scoring.all_right(run.cfg, logits, batch.labels)
-        row_scores(run.cfg, logits, batch.labels)
+        for inputs, labels, ids, _ in batches:
+            for logits, _ in scoring.think(run.model, inputs, ids, run.cfg.halt_max_steps):
+                scoring.all_right(run.cfg, logits, labels)
+            row_scores(run.cfg, logits, labels)
     return {"step": step, "forward": forward, "optimizer": lambda: train.update(run, 0.0),
             "evaluation": evaluation}
 
@@ -83,25 +95,27 @@ def bench(preset, world, rows=None, dtype=None, compiled=True, rounds=5):
     device, on_gpu = world.device, world.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)      # another preset may have run before
-    run, batch = open_run(preset, world, rows, dtype)
+    run, batches = open_run(preset, world, rows, dtype)
     compiled = compiled and not common.compiler_lacks(device)
     if compiled:
         compile_model(run.model)
-    calls = calls_of(run, batch)
+    calls = calls_of(run, batches)
     (first_step_s,) = common.seconds_of(calls["step"], 1, device)
     for call in calls.values():     # the first call of each compiles and allocates
         call()
     ms, peak = median_ms(calls, rounds, device, run.model.dtype)
 
-    def speed(ms, flop_of_a_row):
-        tflops = run.rows * flop_of_a_row / ms / 1e9
+    def speed(ms, flop):
+        tflops = flop / ms / 1e9
         return {"ms": ms, "rows_per_s": 1000 * run.rows * world.size / ms, "tflops": tflops,
                 "share_of_peak": tflops / (peak / 1e12)}
-    once = flops(run.cfg)
-    evaluation = run.cfg.halt_max_steps * (once.forward - once.embed) + once.embed
+    evaluation = 0
+    for part, n in zip(run.parts, run.rows_of):
+        once = flops(run.config_of(part))
+        evaluation += n * (run.cfg.halt_max_steps * (once.forward - once.embed) + once.embed)
     return {"preset": preset, "device": common.device_name(device), "ranks": world.size, "rows": run.rows,
             "dtype": run.cfg.dtype, "compiled": compiled, "peak_tflops": peak / 1e12,
-            **speed(ms["step"], once.step), "forward_ms": ms["forward"],
+            **speed(ms["step"], run.step_flops / world.size), "forward_ms": ms["forward"],
             "backward_ms": ms["step"] - ms["forward"] - ms["optimizer"], "optimizer_ms": ms["optimizer"],
             **{f"evaluation_{name}": v for name, v in speed(ms["evaluation"], evaluation).items()},
             "first_step_s": first_step_s,

@@ -41,10 +41,12 @@ import tempfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import isqrt, lcm
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from common import UserError, read_json, sha256, write_json
 from examples import (AGAIN, INDEX, NUMBERS, TOKENS, Examples, alone, find_episodes, open_examples,
@@ -195,7 +197,8 @@ class Split:
     seq_len: windows of this length of latent episodes; by default the longest of all decides.
     meta: as in dataset.json, of the join. names: the identifiers, in table order. recipe: recipe.json of
         every folder, None where there is none. kind: "sudoku", "maze" or "arc" by the recipes, "numbers" of
-        regression, "tokens" of all other boards.
+        regression, "tokens" of all other boards. sides: (groups,) of canvases, see put_on_canvases; 0: the
+        whole board.
     Raises UserError for a missing, damaged or contradictory file, and for folders that do not go together."""
 
     def __init__(self, data, split, data_test=None, seq_len=None):
@@ -226,6 +229,7 @@ class Split:
         self.meta = {**self.sources[0].meta, "num_puzzle_identifiers": len(self.names),
                      "total_groups": len(self.group_indices) - 1,
                      "mean_puzzle_examples": len(self) / (len(self.puzzle_indices) - 1)}
+        self.sides = np.zeros(self.meta["total_groups"], int)
         for source in self.sources:
             self.must_agree(source.meta, source.where)
         recipes = [d / "recipe.json" for d in self.dirs]
@@ -258,9 +262,17 @@ class Split:
         """Puzzle number (not identifier) of every example, (B,)."""
         return np.searchsorted(self.puzzle_indices, examples, side="right") - 1
 
-    def gather(self, examples, puzzles=None, size=None):
+    def side_of(self, examples):
+        """Sides (B,) of the canvases on which examples (B,) lie; 0: the whole board."""
+        return self.sides[self.group_of(examples)]
+
+    def group_of(self, examples):
+        return np.searchsorted(self.group_indices, self.puzzle_of(examples), side="right") - 1
+
+    def gather(self, examples, puzzles=None, size=None, side=0, place=None):
         """Arrays (inputs, labels, puzzle_ids) of the given examples (B,). Padded to `size` rows when fewer,
-        with pad_id, -100 (in regression input_pad_value, NaN) and the blank identifier."""
+        with pad_id, -100 (in regression input_pad_value, NaN) and the blank identifier. With `side`, windows
+        of side x side cells: see windows."""
         size = max(size or 0, len(examples))
         inputs, labels = self.sources[0].padding(size)      # what follows fills it
         of = np.searchsorted(self.offsets, examples, side="right") - 1     # (B,) number of the source
@@ -271,11 +283,97 @@ class Split:
         ids = np.zeros(size, np.int32)
         puzzles = self.puzzle_of(examples) if puzzles is None else puzzles
         ids[:len(examples)] = self.puzzle_identifiers[puzzles]
+        if side and side * side < self.meta["seq_len"]:
+            inputs, labels = windows(inputs, labels, side, place)
         return inputs, labels, ids
 
     def check(self):
         """Sanity check of the whole split: returns a line per folder saying what was checked."""
         return [source.check() for source in self.sources]
+
+
+# ---------------------------------------------------------------------------------------------
+# Canvases: every ARC task on the smallest square that holds it, as most of a 30 x 30 board is padding
+
+def extent(boards):
+    """Top row, left column, height and width, (N,) each, of the colours on square boards (N, S)."""
+    side = isqrt(boards.shape[1])
+    colours = boards.reshape(len(boards), side, side) > 1        # neither padding nor the end line
+    found = []
+    for lines in (colours.any(2), colours.any(1)):      # rows, columns
+        first, last = lines.argmax(1), side - lines[:, ::-1].argmax(1)
+        found.append((first, np.where(lines.any(1), last - first, 0)))
+    (top, height), (left, width) = found
+    return top, left, height, width
+
+
+def windows(inputs, labels, side, place=None):
+    """Windows (N, side * side) of boards (N, S) that lie on the board and hold the colours of both.
+
+    place: (N, 2) in 0 .. 1, where between the first and the last row and column that a window may begin at;
+        None: the first, by the inputs alone: the answers are not to be known."""
+    board, cut = isqrt(inputs.shape[1]), []
+    top, left, height, width = extent(inputs if place is None else np.maximum(inputs, labels))
+    begin = []
+    for axis, (start, length) in enumerate(((top, height), (left, width))):
+        first, last = np.maximum(0, start + length - side), np.minimum(start, board - side)
+        begin.append(first if place is None else first + (place[:, axis] * (last - first + 1)).astype(int))
+    for boards in (inputs, labels):
+        views = sliding_window_view(boards.reshape(len(boards), board, board), (side, side), axis=(1, 2))
+        cut.append(views[(np.arange(len(boards)), *begin)].reshape(len(boards), side * side))
+    return cut
+
+
+def put_on_canvases(train, test, canvases):
+    """Give every task of both Splits the smallest of the canvases (their sides) that holds all grids it is
+    trained on and its test inputs; its augmentations share it. A test output is never looked at: one that
+    does not fit counts as wrong. Raises UserError."""
+    canvases, needed = np.unique(canvases), np.zeros(len(train.names), int)     # by row of the puzzle table
+    if {train.kind, test.kind} != {"arc"}:
+        raise UserError(f"--canvases {' '.join(map(str, canvases))}: only ARC tasks have sizes of their own; "
+                        f"leave it out")
+    for split in (train, test):
+        originals = split.group_indices[:-1]
+        rows = [np.arange(*split.puzzle_indices[p:p + 2]) for p in originals]
+        for examples in np.array_split(np.concatenate(rows), 1 + len(rows) // 1024):
+            inputs, labels, ids = split.gather(examples)
+            _, _, height, width = extent(inputs if split is test else np.maximum(inputs, labels))
+            np.maximum.at(needed, ids, np.maximum(height, width))
+    if needed.max() > canvases[-1]:
+        raise UserError(f"--canvases {' '.join(map(str, canvases))}: {(needed > canvases[-1]).sum()} tasks "
+                        f"are larger; add {needed.max()}")
+    for split in (train, test):
+        of_group = needed[split.puzzle_identifiers[split.group_indices[:-1]]]
+        split.sides = canvases[np.searchsorted(canvases, of_group)]
+
+
+class Part(NamedTuple):
+    """The rows of every batch that lie on one canvas; without canvases it is the whole batch."""
+    side: int               # 0: the whole board
+    groups: np.ndarray      # that are drawn from
+    rows: int               # of the global batch
+
+
+def parts_of(split, batch_size, ranks):
+    """The Parts of batches of `batch_size` rows: every canvas gets its share of the rows of an epoch, in
+    multiples of 8 and of the ranks where that is possible, else of the ranks. Raises UserError."""
+    sides, unit = np.unique(split.sides), lcm(8, ranks)
+    if len(sides) == 1:
+        return [Part(int(sides[0]), np.arange(len(split.sides)), batch_size)]
+    if batch_size % unit or batch_size < unit * len(sides):
+        unit = ranks
+    n = batch_size // unit
+    if n < len(sides):
+        raise UserError(f"--global-batch-size {batch_size} is too small for {len(sides)} canvases on {ranks} "
+                        f"ranks; use {unit * len(sides)} or more, or fewer --canvases")
+    size = np.diff(split.puzzle_indices)[split.group_indices[:-1]]     # an epoch takes a puzzle of each group
+    share = n * np.array([size[split.sides == side].sum() for side in sides]) / size.sum()
+    units = np.maximum(1, share.round()).astype(int)
+    while units.sum() != n:
+        step = np.sign(n - units.sum())
+        units[np.where(units + step > 0, step * (share - units), -np.inf).argmax()] += step
+    return [Part(int(side), np.flatnonzero(split.sides == side), int(rows))
+            for side, rows in zip(sides, units * unit)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,16 +412,16 @@ def draw_batch(split, rng, order, cursor, batch_size, single):
     return np.array(examples), np.array(puzzles), Cursor(cursor.iteration, position, state)
 
 
-def training_order(split, seed, epochs_per_iteration, batch_size, cursor=None):
+def training_order(split, seed, epochs_per_iteration, batch_size, cursor=None, groups=None):
     """Yield (examples (G,), puzzles (G,), cursor after them) of one iteration, from `cursor` on; the last
-    cursor is the beginning of the next iteration.
+    cursor is the beginning of the next iteration. groups: that are drawn from, all by default.
 
     Philox seeded with seed + iteration draws a permutation of the groups per epoch, then all of draw_batch.
     An incomplete last batch is dropped. The same on every rank; a rank takes its slice."""
     cursor = cursor or Cursor()
     rng = np.random.Generator(np.random.Philox(seed + cursor.iteration))
-    n_groups = len(split.group_indices) - 1
-    order = np.concatenate([rng.permutation(n_groups) for _ in range(epochs_per_iteration)])
+    groups = np.arange(len(split.group_indices) - 1) if groups is None else groups
+    order = np.concatenate([groups[rng.permutation(len(groups))] for _ in range(epochs_per_iteration)])
     if cursor.rng is not None:
         rng.bit_generator.state = cursor.rng
     single = (np.diff(split.puzzle_indices) == 1).all()
@@ -332,6 +430,31 @@ def training_order(split, seed, epochs_per_iteration, batch_size, cursor=None):
         examples, puzzles, cursor = following
         following = draw_batch(split, rng, order, cursor, batch_size, single)   # None: this batch is the last
         yield examples, puzzles, cursor if following else Cursor(cursor.iteration + 1)
+
+
+def orders(split, parts, seed, epochs, interval, cursors):
+    """Yield [(examples, puzzles, cursor after them) of every part], one batch, from `cursors` on, in
+    iterations of `interval` epochs. One part ends after all epochs; several, whose shares are rounded, never.
+    """
+    def order(number, part, cursor):
+        while len(parts) > 1 or cursor.iteration <= -(-epochs // interval):
+            iteration, left = cursor.iteration, epochs - (cursor.iteration - 1) * interval
+            ahead = min(interval, left) if left > 0 else interval
+            stream = training_order(split, seed + (number << 40), ahead, part.rows, cursor, part.groups)
+            for examples, puzzles, cursor in stream:
+                yield examples, puzzles, cursor
+            if cursor.iteration == iteration and len(parts) > 1:
+                raise UserError(f"--eval-interval {interval}: so few epochs of the {len(part.groups)} tasks "
+                                f"of canvas {part.side} do not fill {part.rows} rows; raise it")
+            if cursor.iteration == iteration:       # the epochs that are left do not fill a batch
+                cursor = Cursor(iteration + 1)
+    return zip(*(order(i, *each) for i, each in enumerate(zip(parts, cursors))))
+
+
+def places(seed, step, batch_size):
+    """Where the windows of a training step lie, (G, 2) in 0 .. 1; like exploration a function of (seed, step)
+    alone."""
+    return np.random.Generator(np.random.Philox(key=[seed + 2 ** 32, step])).random((batch_size, 2))
 
 
 def exploration(seed, step, batch_size, probability, halt_max_steps):

@@ -28,7 +28,7 @@ import hub
 import prepare
 from common import Parser, UserError, cli, compiler_lacks, one_line, progress, start_world, \
     within, write, write_json
-from data import Split, dihedral, prefetch
+from data import Split, dihedral, prefetch, put_on_canvases
 from model import IGNORE, TRM, Batch, build, compile_model, metric_names, row_scores
 from prepare import sudoku
 from results import compare, intervals, table
@@ -97,11 +97,13 @@ def thoughts(model, inputs, puzzle_ids, steps):
 def slow_puzzle(model, split, batch_size):
     """draw.Thoughts of the puzzle of the first batch that was wrong the longest, and right in the end."""
     rows = np.arange(min(batch_size, len(split)))
-    inputs, labels, ids = split.gather(rows, size=batch_size)
+    sides = split.side_of(rows)
+    rows = rows[sides == sides[0]]
+    inputs, labels, ids = split.gather(rows, size=batch_size, side=int(sides[0]))
     boards, q = thoughts(model, inputs, ids, model.cfg.halt_max_steps)
     wrong = draw.wrong_cells(model.cfg, boards, labels)                              # (steps, B, S)
-    steps_wrong = wrong.any(-1).sum(0)[rows]
-    i = int(np.where(wrong[-1].any(-1)[rows], -1, steps_wrong).argmax())
+    wrong_ever = wrong.any(-1)[:, :len(rows)]                                        # (steps, rows)
+    i = int(np.where(wrong_ever[-1], -1, wrong_ever.sum(0)).argmax())
     return draw.Thoughts(inputs[i], boards[:, i], wrong[:, i], q[:, i], labels[i])
 
 
@@ -115,6 +117,7 @@ class Scores(NamedTuple):
     loss: np.ndarray            # (N,)
     cell: np.ndarray            # (N,) share of right cells; regression: mean absolute error
     right: np.ndarray           # (N,) bool
+    fits: np.ndarray            # (N,) bool, the answer fits its canvas
     n: np.ndarray               # (N,) cells asked; 0: nobody knows the answer
     q: np.ndarray               # (N,) logit of halting
     steps: np.ndarray           # (N,) supervision steps taken
@@ -131,8 +134,9 @@ def joined(parts):
 def to_host(cfg, rows, logits, labels, q, steps, history):
     """The Scores of one batch; the one place that waits for the device. rows: (b,), what lies behind is
     padding."""
-    found = row_scores(cfg, logits, labels)
-    columns = [answer(cfg, logits), *found, q[:, 0], torch.full_like(found.n, 0) + steps, history]
+    loss, cell, right, n = row_scores(cfg, logits, labels)
+    columns = [answer(cfg, logits), loss, cell, right, torch.ones_like(right), n, q[:, 0],
+               torch.full_like(n, 0) + steps, history]
     return Scores(rows, *(c.cpu().numpy()[:len(rows)] for c in columns))
 
 
@@ -146,21 +150,41 @@ def all_right(cfg, logits, labels):
 def score(model, split, world, batch_size, examples, effort=PLAIN, quiet=False):
     """Scores of this rank's share of the examples. Every batch has batch_size rows, the last one is
     padded."""
-    starts = range(world.rank * batch_size, len(examples), world.size * batch_size)
-    mine = [examples[i:i + batch_size] for i in starts] or [examples[:0]]   # a rank without rows runs padding
-    run, parts = score_all_steps if effort.halt is None else score_halting, []
-    bar = progress(quiet=quiet or world.rank > 0, total=sum(map(len, mine)), desc="evaluating", unit="row")
-    for part in run(model, split, mine, batch_size, effort):
-        parts.append(part)
-        bar.update(len(part.examples))
-    bar.close()
+    work, parts, sides = [], [], split.side_of(examples)
+    for side in np.unique(sides):       # canvas by canvas, as a batch has one shape
+        some = examples[sides == side]
+        starts = range(world.rank * batch_size, len(some), world.size * batch_size)
+        mine = [some[i:i + batch_size] for i in starts]
+        work.append((int(side), mine or [some[:0]]))    # a rank without rows runs padding
+    total = sum(len(rows) for _, batches in work for rows in batches)
+    run = score_all_steps if effort.halt is None else score_halting
+    with progress(quiet=quiet or world.rank > 0, total=total, desc="evaluating", unit="row") as bar:
+        for side, batches in work:
+            for part in run(model, split, side, batches, batch_size, effort):
+                parts.append(on_the_board(split, side, part))
+                bar.update(len(part.examples))
     return joined(parts)
 
 
-def score_all_steps(model, split, batches, batch_size, effort):
+def on_the_board(split, side, part):
+    """The Scores of windows as those of whole boards: a prediction stands in the upper left corner of an
+    empty one, and an answer that its window cuts is wrong."""
+    n, cells = len(part.examples), split.meta["seq_len"]
+    if side in (0, isqrt(cells)):
+        return part
+    preds = np.zeros((n, isqrt(cells), isqrt(cells)), part.preds.dtype)
+    preds[:, :side, :side] = part.preds.reshape(n, side, side)
+    (_, whole, _), (_, window, _) = split.gather(part.examples), split.gather(part.examples, side=side)
+    fits = (whole > 1).sum(1) == (window > 1).sum(1)        # all its colours are there
+    return part._replace(preds=preds.reshape(n, cells), fits=fits, right=part.right & fits,
+                         history=part.history & fits[:, None])
+
+
+def score_all_steps(model, split, side, batches, batch_size, effort):
     """Yield the Scores of every batch of example numbers, after all steps."""
     cfg, device = model.cfg, model.y0.device
-    for rows, arrays in prefetch((rows, split.gather(rows, size=batch_size)) for rows in batches):
+    read = ((rows, split.gather(rows, size=batch_size, side=side)) for rows in batches)
+    for rows, arrays in prefetch(read):
         inputs, labels, ids = (torch.from_numpy(a).to(device) for a in arrays)
         history = []
         for logits, q in think(model, inputs, ids, effort.of(cfg)):     # noqa: B007
@@ -169,17 +193,17 @@ def score_all_steps(model, split, batches, batch_size, effort):
         yield to_host(cfg, rows, logits, labels, q, effort.of(cfg), torch.stack(history, 1))
 
 
-def score_halting(model, split, batches, batch_size, effort):
+def score_halting(model, split, side, batches, batch_size, effort):
     """As score_all_steps, but a row ends when its q_halt is above effort.halt, and the next one takes its
     slot: batches keep their shape and are full until no rows are left. Waits for the device once a step."""
     device, queue = model.y0.device, np.concatenate(batches)
     owner = np.full(batch_size, -1)                             # which example sits in a slot
-    arrays = split.gather(queue[:0], size=batch_size)           # of padding
+    arrays = split.gather(queue[:0], size=batch_size, side=side)        # of padding
     carry, free = None, np.arange(batch_size)
     while carry is None or (owner >= 0).any() or len(queue):
         new, queue = queue[:len(free)], queue[len(free):]
         owner[free[:len(new)]] = new
-        for array, rows in zip(arrays, split.gather(new)):
+        for array, rows in zip(arrays, split.gather(new, side=side)):
             array[free[:len(new)]] = rows
         batch = Batch(*(torch.from_numpy(a).to(device) for a in (*arrays, np.zeros(batch_size, np.int32))))
         with torch.no_grad():
@@ -270,6 +294,8 @@ def evaluate(model, split, world, batch_size, limit=None, effort=PLAIN, examples
             votes.add(inputs, mine.preds[part], mine.q[part], ids, mine.examples[part])
         votes.merge(world.gather_objects(votes.payload()))
         metrics = votes.result() | metrics
+    if split.sides.any():
+        metrics["cut_answers"] = int((~scores.fits).sum())      # too large for their canvas
     return Evaluation(metrics, scores, votes, mine)
 
 
@@ -282,15 +308,6 @@ def summary(cfg, scores):
     columns = {names.right: s.right, names.cell: s.cell, names.loss: s.loss,
                "q_halt_acc": (s.q >= 0) == s.right, "q_halt_loss": q_loss, "steps": s.steps}
     return {**{name: float(c.mean(dtype=np.float64)) for name, c in columns.items()}, "n": len(s.n)}
-
-
-def result_line(preset, results, steps, train_s, device):
-    """The last line of a run: `RESULT preset=mini exact_acc=0.9980 ...`."""
-    names = ("pass@1", "pass@2", "exact_acc", "cell_acc", "regression_loss", "mae", "within_tolerance", "n")
-    shown = {name: results[name] for name in names if name in results}
-    shown |= {"steps": steps, "train_s": f"{train_s:.1f}", "device": device}
-    return f"RESULT preset={preset} " + " ".join(
-        f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -311,6 +328,7 @@ def checkpoint_flags(add):
     add("--checkpoint", metavar="PATH", help="run folder (its newest) or checkpoint file")
     add("--hf", metavar="OWNER/REPO[/FILE]", help="published weights from the hub")
     add("--data", nargs="+", metavar="DIR", help="dataset folders; default: the checkpoint's")
+    add("--canvases", nargs="+", type=count, metavar="N", help="ARC; default: the checkpoint's")
     add("--H-cycles", type=count, metavar="T", help="overrides the checkpoint")
     add("--L-cycles", type=count, metavar="n", help="likewise")
     add("--num-heads", type=count, metavar="N", help="likewise")
@@ -337,7 +355,7 @@ def open_model(args, world, needs_data=True, reset=False):
     if needs_data or dirs and all(Path(d).exists() for d in dirs):
         if dataset and dirs == [dataset.folder]:
             prepare.ensure(dataset.folder, world)
-        split = open_split(dirs, content)
+        split = open_split(dirs, content, args.canvases)
     cfg, state = hub.read_model(content, settings, split.meta["seq_len"] if split else None, args.ema)
     if split and reset:
         cfg = replace(cfg, num_puzzles=split.meta["num_puzzle_identifiers"])
@@ -349,13 +367,19 @@ def open_model(args, world, needs_data=True, reset=False):
     return Opened(build(cfg, state).to(world.device).eval(), path, content, split, kind)
 
 
-def open_split(dirs, content):
-    """The test split in `dirs`, its puzzles numbered as in training, as far as the data of that are there."""
+def open_split(dirs, content, canvases=None):
+    """The test split in `dirs`, its puzzles numbered as in training, as far as the data of that are there.
+    canvases: by default those of the training."""
     recipes = dict(zip(content.get("data", []), content.get("recipe", [])))
     prepare.must_exist(dirs, recipes)
     trained = [d for d in content.get("data", []) if Path(d).exists()]
     trained = trained if len(trained) == len(content.get("data", [])) else []
-    return Split(trained or dirs, "test", dirs, content.get("config", {}).get("seq_len"))
+    length = content.get("config", {}).get("seq_len")
+    split = Split(trained or dirs, "test", dirs, length)
+    canvases = canvases or content.get("settings", {}).get("canvases")
+    if canvases:
+        put_on_canvases(Split(trained or dirs, "train", dirs, length), split, canvases)
+    return split
 
 
 def must_fit(content, cfg, split, reset):
@@ -382,9 +406,8 @@ def choose_examples(split, limit, max_aug):
     """The rows to score (n,), and what to call them when they are not all (else None)."""
     examples, part = np.arange(len(split)), []
     if max_aug is not None:
-        puzzle = split.puzzle_of(examples)
-        group = np.searchsorted(split.group_indices, puzzle, side="right") - 1
-        examples = examples[puzzle - split.group_indices[group] <= max_aug]
+        number = split.puzzle_of(examples) - split.group_indices[split.group_of(examples)]
+        examples = examples[number <= max_aug]
         part.append(f"{max_aug} augmentations a puzzle")
     if limit is not None and limit < len(examples):
         part.append(f"the first {limit:,} of {len(examples):,} rows")
@@ -465,7 +488,8 @@ def measure(args, world, opened, effort):
              "data": " ".join(map(str, split.dirs)), "supervision steps": effort.of(cfg),
              "parameters": n_params, "with puzzle table": n_params + model.puzzle_emb.numel(),
              "device": f"{world.size} x {world.device.type}", "precision": cfg.dtype, "batch of a rank": size}
-    score(model, split, world, size, examples[:1], Effort(steps=1), quiet=True)     # compiles, allocates
+    of_each_side = examples[np.unique(split.side_of(examples), return_index=True)[1]]
+    score(model, split, world, size, of_each_side, Effort(steps=1), quiet=True)     # compiles, allocates
     start = time.perf_counter()
     if args.halt:
         sample = examples[:10 * size * world.size]

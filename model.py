@@ -281,6 +281,16 @@ class TRM(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
 
+    def positions(self, table, length):
+        """The rows of a table (L, ...) for states of `length` positions: fewer than L on a canvas, a square
+        window of the board, whose cell in row r, column c keeps the place of row r, column c of the board."""
+        P, S = self.cfg.puzzle_emb_len, self.cfg.seq_len
+        if length == P + S:
+            return table
+        side, board = math.isqrt(length - P), math.isqrt(S)
+        window = table[P:].unflatten(0, (board, board))[:side, :side].flatten(0, 1)
+        return torch.cat((table[:P], window))
+
     def embed(self, inputs, rows):
         """x (B, L, D) from tokens (B, S) or numbers (B, S, input_dim) and puzzle rows (B,
         puzzle_emb_ndim)."""
@@ -294,15 +304,16 @@ class TRM(nn.Module):
             prefix = F.pad(rows, (0, P * D - cfg.puzzle_emb_ndim)).to(self.dtype)
             x = torch.cat((prefix.view(-1, P, D), x), dim=1)                         # (B, L, D)
         if cfg.pos_encodings == "learned":
-            x = math.sqrt(0.5) * (x + self.embed_pos.to(self.dtype))
+            x = math.sqrt(0.5) * (x + self.positions(self.embed_pos, x.shape[1]).to(self.dtype))
         return math.sqrt(cfg.hidden_size) * x
 
     def net(self, h, injection, weights=None):
         """The one tiny network, (B, L, D) to (B, L, D). weights: of every block's `cast`; by default they are
         cast here, so that autograd adds up the gradients of all uses in float32."""
-        h = h + injection
+        h, rope = h + injection, None
+        if self.cfg.rope:
+            rope = self.positions(self.cos, h.shape[1]), self.positions(self.sin, h.shape[1])
         for i, block in enumerate(self.blocks):
-            rope = (self.cos, self.sin) if self.cfg.rope else None
             h = block(h, weights[i] if weights else block.cast(self.dtype), rope, self.score_mod)
         return h
 
@@ -339,7 +350,8 @@ class TRM(nn.Module):
     def empty_carry(self, batch):
         """A carry whose rows are all halted, so that the first step fills them. Takes shapes from `batch`."""
         B, cfg = len(batch.puzzle_ids), self.cfg
-        state = torch.zeros(B, cfg.length, cfg.hidden_size, dtype=self.dtype, device=self.y0.device)
+        length = cfg.puzzle_emb_len + batch.inputs.shape[1]
+        state = torch.zeros(B, length, cfg.hidden_size, dtype=self.dtype, device=self.y0.device)
         steps = torch.zeros(B, dtype=torch.int32, device=state.device)
         return Carry(state, state.clone(), steps, torch.ones_like(steps, dtype=torch.bool),
                      torch.zeros_like(batch.inputs), torch.zeros_like(batch.labels),
@@ -537,5 +549,7 @@ def build(cfg, state):
 
 
 def compile_model(model, backend="inductor"):
-    """Compile `net` in place: the piece that repeats, one small graph with and one without gradient."""
+    """Compile `net` in place: the piece that repeats, one small graph with and one without gradient for
+    every length of its states."""
+    torch._dynamo.config.recompile_limit = 64   # 8 by default: four canvases in training and evaluation
     model.net = torch.compile(model.net, fullgraph=True, dynamic=False, backend=backend)

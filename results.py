@@ -68,3 +68,13 @@ def compare(*paths):
     n = only_a + only_b     # the tail of n throws of a fair coin, in whole numbers
     tail = sum(math.comb(n, k) for k in range(only_b, n + 1)) / 2 ** n
     print(f"McNemar: only A right {only_a}, only B right {only_b}; exact one-sided p = {tail:.4g}")
+
+
+def result_line(preset, results, steps, step_flops, train_s, device):
+    """The last line of a run: `RESULT preset=mini exact_acc=0.9980 ...`. train_pflop: of all its steps."""
+    names = ("pass@1", "pass@2", "exact_acc", "cell_acc", "regression_loss", "mae", "within_tolerance", "n")
+    shown = {name: results[name] for name in names if name in results}
+    pflop = format(steps * step_flops / 1e15, ".4g")
+    shown |= {"steps": steps, "train_pflop": pflop, "train_s": f"{train_s:.1f}", "device": device}
+    return f"RESULT preset={preset} " + " ".join(
+        f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())

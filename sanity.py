@@ -26,7 +26,8 @@ def refuse_a_cpu(name, cfg, steps, rows, device):
 def warn_of_a_full_disk(run, log):
     """When there is less room than for three checkpoints."""
     args, cfg = run.args, run.cfg
-    carry = 2 * args.global_batch_size * cfg.length * cfg.hidden_size * run.model.dtype.itemsize
+    positions = sum(part.rows * run.config_of(part).length for part in run.parts)
+    carry = 2 * positions * cfg.hidden_size * run.model.dtype.itemsize
     size = sum(t.nbytes for t in run.tensors().values()) + carry
     free = shutil.disk_usage(args.run_dir).free
     if free < 3 * size:
@@ -45,11 +46,15 @@ def describe(run, log, notes):
               config=asdict(run.cfg), notes=notes, began=log.began,
               torch=torch.__version__, device=str(world.device), ranks=world.size, total_steps=total,
               parameters=n_params, parameters_with_puzzle_table=with_table)
+    if args.canvases:
+        rows = ", ".join(f"{part.rows} rows of {part.side}x{part.side}" for part in run.parts)
+        whole = args.global_batch_size * flops(run.cfg).step
+        notes = [*notes, f"canvases: {rows}; {run.step_flops / whole:.3f} of the FLOPs without"]
     for note in notes:
         log.say(note)
     if args.resume:
         log.say(f"resumed from {args.resume} at step {run.step}"
-                + ("" if run.carry else "; it holds no carry: every row begins a new puzzle"))
+                + ("" if run.carries else "; it holds no carry: every row begins a new puzzle"))
     log.say(f"{args.run_dir}: {n_params:,} parameters, {with_table:,} with the puzzle table; {total:,} "
             f"steps of {args.global_batch_size} rows on {world.size} x {world.device.type}, {run.cfg.dtype}")
     if total < args.lr_warmup_steps:
@@ -58,9 +63,11 @@ def describe(run, log, notes):
     warn_of_a_full_disk(run, log)
 
 
-def check_batch(split, rows, log):
-    """The first `rows` rows of a split, as arrays. Raises UserError when nothing can be learned from them."""
-    inputs, labels, ids = arrays = split.gather(np.arange(min(rows, len(split))), size=rows)
+def check_batch(split, part, rows, log):
+    """The first `rows` rows of a part of a split, as arrays. Raises UserError when nothing can be learned
+    from them."""
+    examples = np.flatnonzero(split.side_of(np.arange(len(split))) == part.side)[:rows]
+    inputs, labels, ids = arrays = split.gather(examples, size=rows, side=part.side)
     asked = ~np.isnan(labels).any(-1) if labels.dtype.kind == "f" else labels != IGNORE
     if split.name == "train" and not asked.any():
         raise UserError(f"train: all labels of the first {rows} rows are ignored; build the dataset again")
@@ -71,26 +78,34 @@ def check_batch(split, rows, log):
 
 
 def check_all(run, train_split, test, log):
-    """Everything once, on `run.part` rows; leaves no trace in the run. Raises UserError."""
-    for split in (test, train_split):   # the training batch comes last, and is used below
+    """Everything once, on as many rows as go through the model at once; leaves no trace in the run. Raises
+    UserError."""
+    for split in (test, train_split):
         for line in split.check() if run.world.rank == 0 else ():   # reads all of it
             log.say(f"checked {line}")
-        arrays = check_batch(split, run.part, log)
-    arrays = *arrays, np.zeros(run.part, np.int32)      # no exploration
+    for part, rows in zip(run.parts, run.at_once):
+        check_batch(test, part, rows, log)
+        arrays = check_batch(train_split, part, rows, log)
+        check_step(run, *arrays, np.zeros(rows, np.int32), log=log)
+    found = scoring.evaluate(run.model.eval(), test, run.world, max(run.at_once), limit=1, quiet=True).metrics
+    run.model.train()
+    if run.world.rank == 0 and run.args.monitor != "none":
+        log.is_best(run.args.monitor, run.args.monitor_mode, {f"val/{k}": v for k, v in found.items()})
+    log.say(f"checked an evaluation: {', '.join(f'val/{name}' for name in found)}")
+
+
+def check_step(run, *arrays, log):
+    """A forward and a backward of a Batch in arrays. Raises UserError when they are not finite."""
     batch = Batch(*(torch.from_numpy(a).to(run.world.device) for a in arrays))
-    carry, logits, q = run.model.step(run.model.empty_carry(batch), batch, run.delta[:run.part])
+    rows = len(batch.puzzle_ids)
+    carry, logits, q = run.model.step(run.model.empty_carry(batch), batch, run.delta[:rows])
     loss, _ = act_loss(run.cfg, carry, logits, q)
-    (loss / run.part).backward()
+    (loss / rows).backward()
     norm = (run.delta.grad if run.args.freeze_weights else run.flat.grad).norm().item()
     if not math.isfinite(loss.item() + norm):
         raise UserError(f"the first loss is {loss.item()}, its gradient norm {norm}; look at the data, "
                         "lower --lr")
     log.say(f"checked a forward and a backward: logits {tuple(logits.shape)} {str(logits.dtype)[6:]}, "
-            f"loss {loss.item() / run.part:.4f}, gradient norm {norm:.4f}")
+            f"loss {loss.item() / rows:.4f}, gradient norm {norm:.4f}")
     run.flat.grad.zero_()
     run.delta.grad.zero_()
-    found = scoring.evaluate(run.model.eval(), test, run.world, run.part, limit=1, quiet=True).metrics
-    run.model.train()
-    if run.world.rank == 0 and run.args.monitor != "none":
-        log.is_best(run.args.monitor, run.args.monitor_mode, {f"val/{k}": v for k, v in found.items()})
-    log.say(f"checked an evaluation: {', '.join(f'val/{name}' for name in found)}")

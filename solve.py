@@ -152,7 +152,7 @@ def adapt(model, examples, augs, n_steps):
     no_minimum = np.zeros(ADAPT_ROWS, np.int32)     # no exploration
     for _ in progress(range(n_steps), desc="adapting", unit="step"):
         i = rng.randint(len(ids), size=ADAPT_ROWS)
-        train.backward(run, Batch(*map(torch.from_numpy, (inputs[i], labels[i], ids[i], no_minimum))))
+        train.backward(run, [Batch(*map(torch.from_numpy, (inputs[i], labels[i], ids[i], no_minimum)))])
         train.update(run, 1.0)
     return run.model.eval()
 

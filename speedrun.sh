@@ -5,6 +5,7 @@
 #   sudoku       Sudoku-Extreme, MLP mixer; sudoku-att: the same with attention
 #   maze         30x30 mazes
 #   arc1, arc2   ARC-AGI-1, ARC-AGI-2; all: these five one after the other
+#   arc1-fast    the same on small canvases, 0.4 of the arithmetic; arc2-fast
 #   gpu-check    ten minutes on one GPU: is it right here, and how fast?
 #   test, setup  the tests; only the Python environment .venv
 #
@@ -78,7 +79,7 @@ on_all_gpus() {  # on_all_gpus SCRIPT [flags]
   run "$PY" "$@"
 }
 
-dataset() { stage "dataset of $1" run "$PY" -m prepare "${1%-att}"; }  # sudoku-att has that of sudoku
+dataset() { stage "dataset of $1" run "$PY" -m prepare "${1%-*}"; }  # sudoku-att has that of sudoku
 big() {  # big PRESET [flags]
   local preset=$1; shift
   # without a GPU train.py says what it would take, and stops: no gigabytes before that
@@ -89,7 +90,7 @@ big() {  # big PRESET [flags]
 }
 
 main() {
-  local preset job=${1:-mini} jobs="mini test gpu-check sudoku sudoku-att maze arc1 arc2 all setup"
+  local preset job=${1:-mini} jobs="mini test gpu-check sudoku sudoku-att maze arc1 arc1-fast arc2 arc2-fast all setup"
   [ $# = 0 ] || shift
   case $job in -h | --help) usage; return ;; esac
   [[ " $jobs " = *" $job "* ]] || die "unknown job '$job'; one of: $jobs"

@@ -7,8 +7,8 @@
     python train.py --preset arc1 --run-dir DIR --resume
                                                       goes on, or begins
 
-In the order of time: settings, data, Run (all that changes while training),
-one step, log and save and evaluate, the loop, what stands before and after.
+In the order of time: settings, data, one step, log and save and evaluate, the
+loop, what stands before and after. state.py holds all that changes meanwhile.
 """
 import argparse
 import importlib.util
@@ -30,17 +30,19 @@ import hub
 import prepare
 import sanity
 from common import Parser, UserError, cli, compiler_lacks, fastest_dtype, start_world, wait, within
-from data import Cursor, Split, exploration, prefetch, training_order
-from model import OVER_ALL_ROWS, TRM, Batch, Carry, Config, act_loss, build, compile_model, metric_names, \
-    parts_that_fit, read_config
-from optim import AdamATan2, Flat, schedule, sign_sgd
+from data import Split, exploration, orders, parts_of, places, prefetch, put_on_canvases
+from model import OVER_ALL_ROWS, Batch, Carry, Config, act_loss, compile_model, metric_names, read_config
+from optim import schedule, sign_sgd
+from results import result_line
 from rundir import Bar, Log, Signals, Stopped, checkpoints, find_checkpoint, mirror, new_run_dir, \
     read_log, save_checkpoint
+from state import Run
 
 # What each task changes (the 8-GPU reproduction's settings). A flag on the command line wins.
 SUDOKU = dict(data=[prepare.KNOWN["sudoku"].folder], epochs=50_000, eval_interval=5_000, weight_decay=1.0,
               puzzle_emb_weight_decay=1.0, puzzle_emb_lr=1e-4, eval_limit=4096)
 ARC = dict(epochs=100_000, eval_interval=5_000, eval_limit=40_000)  # of 386,000 rows, 965 a task
+CANVASES = [11, 16, 21, 30]
 PRESETS = {
     "mini": dict(data=[prepare.KNOWN["mini"].folder], mixer="mlp", pos_encodings="none", hidden_size=64,
                  num_heads=1, H_cycles=1, L_cycles=1, puzzle_emb_len=1, puzzle_emb_ndim=64, dtype="auto",
@@ -51,11 +53,13 @@ PRESETS = {
     "sudoku-att": SUDOKU,
     "maze": dict(SUDOKU, data=[prepare.KNOWN["maze"].folder], L_cycles=4),
     "arc1": dict(ARC, data=[prepare.KNOWN["arc1"].folder]),
+    "arc1-fast": dict(ARC, data=[prepare.KNOWN["arc1"].folder], canvases=CANVASES),
     "arc2": dict(ARC, data=[prepare.KNOWN["arc2"].folder]),
+    "arc2-fast": dict(ARC, data=[prepare.KNOWN["arc2"].folder], canvases=CANVASES),
 }
 LIMIT = 1   # why a run stops: --max-steps or --max-minutes; else the number of a signal, which is higher
-MATTERS = ("preset", "global_batch_size", "seed", "eval_interval")  # no change on resume; nor of the Config
-NOT_SAVED = ("resume", "max_steps", "max_minutes", "device", "dist_timeout", "allow_cpu")   # of this start
+# no change on resume, nor of the Config
+MATTERS = ("preset", "global_batch_size", "seed", "eval_interval", "canvases")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -69,6 +73,7 @@ def flags():
     add("--data", nargs="+", metavar="DIR", help="dataset folders, joined; default: the preset's")
     add("--data-test", nargs="+", metavar="DIR", help="folders of the test split; default: as --data")
     add("--seq-len", type=count, metavar="N", help="windows of latent episodes; default: the longest")
+    add("--canvases", nargs="+", type=count, metavar="N", help="ARC: a task lies on the smallest N x N")
     add("--seed", metavar="X", type=within(int, 0, 2 ** 31), default=0, help="of weights, data, exploration")
     add("--init", metavar="CKPT", help="start from its weights; for other puzzles from its mean puzzle row")
     add = parser.add_argument_group("model").add_argument
@@ -163,6 +168,8 @@ def check(args, base, world):
         near = max(parts, G // parts * parts)
         ranks = f"{world.size} ranks" + (f" x {args.grad_accum} parts" if parts > world.size else "")
         raise UserError(f"--global-batch-size {G} is not a multiple of {ranks}; use {near} or {near + parts}")
+    if args.canvases and args.mixer == "mlp":
+        raise UserError("--canvases need --mixer attn: an MLP over positions knows one number of them")
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb needs the package wandb; pip install wandb, or leave the flag out")
     for name, useless, why in (
@@ -211,6 +218,8 @@ def open_data(args, world):
     if args.seq_len not in (None, train.meta["seq_len"]):
         raise UserError(f"--seq-len {args.seq_len} is for latent episodes; {train.dirs[0]} has "
                         f"{train.meta['seq_len']}: leave it out")
+    if args.canvases:
+        put_on_canvases(train, test, args.canvases)
     cfg, meta = config_of(args, train.meta), train.meta
     if cfg.regression and args.monitor == "val/exact_acc":
         args.monitor, args.monitor_mode = "val/regression_loss", "min"
@@ -239,108 +248,25 @@ def must_match(checkpoint, cfg, data):
 
 
 def batches(run, split):
-    """Yield (Batch on the CPU, cursor after it) for this rank, from the run's cursor on to its end."""
-    args, world, cursor, step = run.args, run.world, run.cursor, run.step
-    G = args.global_batch_size
-    mine = slice(world.rank * run.rows, (world.rank + 1) * run.rows)
-    while cursor.iteration <= -(-args.epochs // args.eval_interval):
-        iteration = cursor.iteration
-        epochs = min(args.eval_interval, args.epochs - (cursor.iteration - 1) * args.eval_interval)
-        order = training_order(split, args.seed, epochs, G, cursor)
-        for examples, puzzles, cursor in order:
-            step += 1
-            explore = exploration(args.seed, step, G, args.halt_exploration_prob, args.halt_max_steps)
-            arrays = *split.gather(examples[mine], puzzles[mine]), explore[mine]
+    """Yield ([Batch of every part] on the CPU, cursors after them) for this rank, from the run's cursors on
+    to its end."""
+    args, step, start = run.args, run.step, 0
+    shares = []     # of each part: this rank's rows in it, and where they are in the global batch
+    for part, rows in zip(run.parts, run.rows_of):
+        mine = slice(run.world.rank * rows, (run.world.rank + 1) * rows)
+        shares.append((part.side, mine, slice(start + mine.start, start + mine.stop)))
+        start += part.rows
+    for drawn in orders(split, run.parts, args.seed, args.epochs, args.eval_interval, run.cursors):
+        step += 1
+        least = exploration(args.seed, step, start, args.halt_exploration_prob, args.halt_max_steps)
+        place, parts = places(args.seed, step, start), []
+        for (side, mine, rows), (examples, puzzles, _) in zip(shares, drawn):
+            arrays = *split.gather(examples[mine], puzzles[mine], side=side, place=place[rows]), least[rows]
             batch = Batch(*map(torch.from_numpy, arrays))
             # pinned memory is copied to a GPU while it computes
-            yield Batch(*(t.pin_memory() for t in batch)) if world.device.type == "cuda" else batch, cursor
-        if cursor.iteration == iteration:       # the epochs that are left do not fill a batch
-            cursor = Cursor(iteration + 1)
-
-
-# ---------------------------------------------------------------------------------------------
-# The state of a run
-
-class Run:
-    """All that changes while training: weights, optimizers, EMA, carry, counters, where the data stand."""
-
-    def __init__(self, args, cfg, world, state=None):
-        self.args, self.cfg, self.world = args, cfg, world
-        model = build(cfg, state) if state else TRM(cfg, torch.Generator().manual_seed(args.seed))
-        self.model = model.to(world.device).train()
-        self.model.requires_grad_(not args.freeze_weights)
-        self.flat = Flat(self.model)
-        self.adam = AdamATan2(self.flat.data, args.beta1, args.beta2, args.weight_decay)
-        self.ema = self.flat.data.clone() if args.ema else None
-        self.rows = args.global_batch_size // world.size            # of this rank
-        self.parts = args.grad_accum or 1
-        self.delta = torch.zeros(self.rows, cfg.puzzle_emb_ndim, device=world.device, requires_grad=True)
-        self.delta.grad = torch.zeros_like(self.delta)              # without puzzle positions none comes
-        self.carry = None                                           # made with the first batch
-        self.max_steps = torch.tensor(args.halt_max_steps, dtype=torch.int32, device=world.device)
-        self.sums, self.health = {}, torch.zeros((), device=world.device)    # since the last log line
-        self.cursor, self.step, self.train_s = Cursor(), 0, 0.0
-        self.logged_step, self.logged_s = 0, 0.0
-        self.data, self.total_steps, self.epoch_rows = {}, 0, 1     # of its data: see open_run
-
-    @property
-    def epoch(self):
-        return self.step * self.args.global_batch_size / self.epoch_rows
-
-    @property
-    def part(self):
-        """Rows that go through the model at once."""
-        return self.rows // self.parts
-
-    def tensors(self):
-        """{name: tensor} of what every rank holds alike."""
-        average = {} if self.ema is None else {"ema": self.ema}
-        return {"data": self.flat.data, "m": self.adam.m, "v": self.adam.v, **average, "y0": self.model.y0,
-                "z0": self.model.z0, "puzzle_emb": self.model.puzzle_emb}
-
-    def restore(self, checkpoint):
-        """Everything of a checkpoint, which rank 0 has, but the weights, which its constructor took; the
-        other ranks get what they need from there."""
-        if self.world.rank == 0:
-            for name in ("m", "v", "ema"):
-                vector = self.tensors().get(name)
-                if vector is not None and checkpoint[name] is not None:
-                    for key, view in self.flat.views(vector).items():
-                        view.copy_(checkpoint[name][key])
-        for tensor in self.tensors().values():
-            self.world.broadcast(tensor)
-        carry = checkpoint.get("carry") if checkpoint else None
-        counters = checkpoint and (checkpoint["step"], checkpoint["train_s"], checkpoint["cursor"],
-                                   carry and [(t.shape[1:], t.dtype) for t in carry])
-        self.step, self.train_s, cursor, shapes = self.world.gather_objects(counters)[0]
-        self.cursor = Cursor(*cursor)
-        self.logged_step, self.logged_s = self.step, self.train_s   # a save writes a log line, too
-        if shapes:      # slots of the global batch in order, rank by rank
-            device = self.world.device
-            empty = [torch.empty(self.rows, *shape, dtype=dtype, device=device) for shape, dtype in shapes]
-            self.carry = Carry(*(self.world.scatter(t, carry and carry[i]) for i, t in enumerate(empty)))
-
-    def checkpoint(self):
-        """The content of a checkpoint file on rank 0, None elsewhere. A collective: every rank calls it."""
-        # one at a time leaves the device: they are large
-        carry = [self.world.gather_on_first(t) for t in self.carry or ()]
-        if self.world.rank:
-            return None
-
-        def by_name(vector):
-            return None if vector is None else {k: v.cpu() for k, v in self.flat.views(vector).items()}
-        kept = {k: v for k, v in vars(self.args).items() if k not in NOT_SAVED}
-        return {"config": asdict(self.cfg), "model": {k: v.cpu() for k, v in self.model.state_dict().items()},
-                "ema": by_name(self.ema), "m": by_name(self.adam.m), "v": by_name(self.adam.v),
-                "carry": carry or None, "cursor": list(self.cursor), "step": self.step, "epoch": self.epoch,
-                "train_s": self.train_s, **self.data, "torch": str(torch.__version__), "settings": kept}
-
-    def with_ema(self):
-        """Swap the averaged weights in (and, called again, out)."""
-        if self.ema is not None:
-            held = self.flat.data.clone()
-            self.flat.data.copy_(self.ema)
-            self.ema.copy_(held)
+            on_gpu = run.world.device.type == "cuda"
+            parts.append(Batch(*(t.pin_memory() for t in batch)) if on_gpu else batch)
+        yield parts, [cursor for _, _, cursor in drawn]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -353,22 +279,26 @@ def train_max_steps(args, progress):
     return min(args.halt_max_steps, last, first + int(progress * (last - first + 1)))
 
 
-def backward(run, batch):
-    """Forward and backward of one training step on this rank; gradients and metric sums add up in `run`."""
-    batch = Batch(*(t.to(run.world.device, non_blocking=True) for t in batch))
-    if run.carry is None:
-        run.carry = run.model.empty_carry(batch)
-    for start in range(0, run.rows, run.part):
-        part = slice(start, start + run.part)
-        old = Carry(*(t[part] for t in run.carry))
-        new, logits, q = run.model.step(old, Batch(*(t[part] for t in batch)), run.delta[part], run.max_steps)
-        target = run.model.continue_target(new) if run.cfg.q_continue else None
-        loss, sums = act_loss(run.cfg, new, logits, q, target)
-        (loss / run.args.global_batch_size).backward()
-        run.sums = {name: run.sums.get(name, 0) + value for name, value in sums.items()}
-        run.health += loss.detach()
-        for held, t in zip(run.carry, new):
-            held[part] = t
+def backward(run, batches):
+    """Forward and backward of one training step on this rank, given a Batch for every part; gradients and
+    metric sums add up in `run`."""
+    batches = [Batch(*(t.to(run.world.device, non_blocking=True) for t in batch)) for batch in batches]
+    if run.carries is None:
+        run.carries = [run.model.empty_carry(batch) for batch in batches]
+    row = 0     # of this rank's share of the batch
+    for carry, batch, rows, n in zip(run.carries, batches, run.rows_of, run.at_once):
+        for start in range(0, rows, n):
+            some, delta = slice(start, start + n), run.delta[row + start:row + start + n]
+            old = Carry(*(t[some] for t in carry))
+            new, logits, q = run.model.step(old, Batch(*(t[some] for t in batch)), delta, run.max_steps)
+            target = run.model.continue_target(new) if run.cfg.q_continue else None
+            loss, sums = act_loss(run.cfg, new, logits, q, target)
+            (loss / run.args.global_batch_size).backward()
+            run.sums = {name: run.sums.get(name, 0) + value for name, value in sums.items()}
+            run.health += loss.detach()
+            for held, t in zip(carry, new):
+                held[some] = t
+        row += rows
 
 
 def update(run, factor):
@@ -385,7 +315,8 @@ def update(run, factor):
         decay = min(args.ema, (1 + t) / (10 + t)) if args.ema_warmup else args.ema
         run.ema.lerp_(flat.data, 1 - decay)
     # ids beside their gradients make one gather of two; float32 is exact below 2 ** 24 puzzles
-    rows = run.world.gather(torch.cat((run.delta.grad, run.carry.puzzle_ids[:, None].float()), dim=1))
+    ids = torch.cat([carry.puzzle_ids for carry in run.carries])
+    rows = run.world.gather(torch.cat((run.delta.grad, ids[:, None].float()), dim=1))
     run.health += rows[:, :-1].sum()
     sign_sgd(run.model.puzzle_emb, rows[:, -1], rows[:, :-1], args.puzzle_emb_lr * factor,
              args.puzzle_emb_weight_decay)
@@ -433,7 +364,7 @@ def evaluate(run, test, limit):
     """val/... of the test split, by the averaged weights."""
     run.with_ema()
     run.model.eval()
-    results = scoring.evaluate(run.model, test, run.world, run.part, limit).metrics
+    results = scoring.evaluate(run.model, test, run.world, max(run.at_once), limit).metrics
     run.model.train()
     run.with_ema()
     return {f"val/{k}": v for k, v in results.items()}
@@ -470,24 +401,23 @@ def train(run, split, test, log):
     started = time.perf_counter()
     last_step = min(run.total_steps, args.max_steps or run.total_steps)
     done = any(r["event"] == "val" and r["step"] == run.step for r in log.records)
-    ended = run.step and (run.cursor.rng is None or run.step == run.total_steps)
-    due = ended and not done and goes_on(args)
+    due = run.step and run.ends_iteration and not done and goes_on(args)
     with Signals() as signals, Bar(run, log) as bar:
         if world.agree(int(bool(due) and world.rank == 0)):
             outcome = evaluate_and_log(run, test, log, signals)
         tick = time.perf_counter()
-        for batch, cursor in prefetch(batches(run, split)):
+        for batch, cursors in prefetch(batches(run, split)):
             if run.step >= last_step:
                 break
             factor = schedule(run.step + 1, run.total_steps, args.lr_warmup_steps, args.lr_min_ratio)
             run.max_steps.fill_(train_max_steps(args, run.step / run.total_steps))
             backward(run, batch)
             update(run, factor)
-            run.cursor = cursor
+            run.cursors = cursors
             minutes = (time.perf_counter() - started) / 60
             limit = run.step == args.max_steps or args.max_minutes is not None and minutes > args.max_minutes
             stop = world.agree(signals.number or LIMIT * limit)         # the same on every rank
-            evaluates = cursor.rng is None or run.step == run.total_steps or stop == LIMIT
+            evaluates = run.ends_iteration or stop == LIMIT
             saves = evaluates or stop or args.checkpoint_interval and run.step % args.checkpoint_interval == 0
             bar.update()
             if saves or run.step % args.log_interval == 0:
@@ -515,7 +445,8 @@ def open_run(args, checkpoint, world, train_split, test, cfg):
         must_match(checkpoint, cfg, data)
     if args.init and not args.resume:
         state = hub.first_weights(args.init, cfg, data["identity"])
-    run = Run(args, cfg, world, state)
+    parts = parts_of(train_split, args.global_batch_size, world.size * (args.grad_accum or 1))
+    run = Run(args, cfg, world, state, parts)
     run.data, run.total_steps = data, total_training_steps(args, meta)
     run.epoch_rows = meta["total_groups"] * meta["mean_puzzle_examples"]
     if args.resume:
@@ -536,7 +467,7 @@ def finish(run, test, log, metrics, finished, wall_s):
         pictures.append(Path(args.run_dir) / "puzzle.png")
         with suppress(OSError):
             draw.draw_steps(test.kind, pictures[-1], scoring.slow_puzzle(run.model, test, run.rows))
-    line = scoring.result_line(args.preset, results, run.step, run.train_s, run.world.device)
+    line = result_line(args.preset, results, run.step, run.step_flops, run.train_s, run.world.device)
     log.say(f"wall time of training, evaluation and saving: {wall_s:.0f} s; pictures: "
             f"{', '.join(map(str, pictures))}")
     log.say(line)
@@ -560,9 +491,8 @@ def run_preset(argv, world):
         raise UserError(f"{args.run_dir} holds the checkpoints of a run; go on with --resume {args.run_dir}, "
                         f"or name another --run-dir")
     run = open_run(args, checkpoint, world, train_split, test, cfg)
-    if not args.grad_accum and world.device.type == "cuda":     # as many as the fullest GPU needs
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()      # the run's own counts as free
-        run.parts = world.agree(parts_that_fit(cfg, run.rows, free))
+    if not args.grad_accum and world.device.type == "cuda":
+        run.fit(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())    # its own counts as free
     with Log(args.run_dir, world.rank, run.step if args.resume else None, args.wandb, vars(args)) as log:
         if args.compile and compiler_lacks(world.device):
             notes.append(f"not compiled, which is slower: this machine lacks {compiler_lacks(world.device)}")

@@ -70,6 +70,20 @@ def arc_dir(folder):
     return folder / "built"
 
 
+def write_source_of_sizes(folder, sizes):
+    """Kaggle's files of a subset `evaluation`, a task of every size: its largest grid is size x size."""
+    rng, tasks, solutions = np.random.RandomState(0), {}, {}
+    for i, size in enumerate(sizes):
+        def pair(height, width):
+            grid = rng.randint(0, 10, (height, width))
+            return {"input": grid.tolist(), "output": grid[::-1].tolist()}
+        tests = [pair(size - 1, 2)]
+        solutions[f"task{i}"] = [e.pop("output") for e in tests]
+        tasks[f"task{i}"] = {"train": [pair(size, size), pair(2, size - 1)], "test": tests}
+    (folder / "arc-agi_evaluation_challenges.json").write_text(json.dumps(tasks))
+    (folder / "arc-agi_evaluation_solutions.json").write_text(json.dumps(solutions))
+
+
 def model_of(cfg=TINY, seed=0):
     """Random weights; a q head that differs between rows."""
     model = TRM(cfg, torch.Generator().manual_seed(seed)).eval()

@@ -10,7 +10,8 @@ import data
 import prepare
 import train
 from common import UserError
-from runs import ALONE, arc_dir
+from prepare import arc
+from runs import ALONE, arc_dir, write_source_of_sizes
 
 SMALL = {"hidden_size": 32, "puzzle_emb_ndim": 32, "num_heads": 2, "H_cycles": 1, "L_cycles": 1,
          "halt_max_steps": 2, "dtype": "float32"}
@@ -32,22 +33,36 @@ def lines():
         return [json.loads(line) for line in f]
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
-def test_every_preset_runs_without_its_data(preset):
+def agrees(row, preset, rows):
     """The figures agree with one another, and the FLOPs with those that torch counts."""
-    row = bench.bench(preset, ALONE, rows=2, compiled=False, rounds=1)
-    run, batch = bench.open_run(preset, ALONE, rows=2)
-    calls = {"": lambda: train.backward(run, batch), "evaluation_": bench.calls_of(run, batch)["evaluation"]}
-    assert (row["preset"], row["rows"], row["dtype"], row["compiled"]) == (preset, 2, "float32", False)
+    run, batches = bench.open_run(preset, ALONE, rows)
+    calls = {"": lambda: train.backward(run, batches),
+             "evaluation_": bench.calls_of(run, batches)["evaluation"]}
+    assert (row["preset"], row["rows"], row["dtype"], row["compiled"]) == (preset, rows, "float32", False)
     for prefix, call in calls.items():
         ms, tflops = row[prefix + "ms"], row[prefix + "tflops"]
-        assert ms > 0 and row[prefix + "rows_per_s"] == pytest.approx(2000 / ms)
+        assert ms > 0 and row[prefix + "rows_per_s"] == pytest.approx(1000 * rows / ms)
         assert row[prefix + "share_of_peak"] == pytest.approx(tflops / row["peak_tflops"])
         with FlopCounterMode(display=False) as counter:
             call()
         assert tflops * ms * 1e9 == pytest.approx(counter.get_total_flops(), rel=1e-9), prefix
     parts = row["forward_ms"] + row["backward_ms"] + row["optimizer_ms"]
     assert parts == pytest.approx(row["ms"]) and row["first_step_s"] > 0
+
+
+@pytest.mark.parametrize("preset", [name for name in train.PRESETS if "canvases" not in train.PRESETS[name]])
+def test_every_preset_runs_without_its_data(preset):
+    agrees(bench.bench(preset, ALONE, rows=2, compiled=False, rounds=1), preset, 2)
+
+
+def test_canvases_need_the_data_which_say_how_many_rows_each_has(tmp_path):
+    with pytest.raises(UserError, match="data/arc1concept-aug-1000 not found; build it: "):
+        bench.bench("arc1-fast", ALONE)
+    write_source_of_sizes(tmp_path, [5, 11, 16, 14, 21, 12, 11, 20])
+    arc.main(["--source", str(tmp_path), "--subsets", "evaluation", "--num-aug", "1",
+              "--output-dir", "data/arc1concept-aug-1000"])
+    row = bench.bench("arc1-fast", ALONE, rows=24, compiled=False, rounds=1)
+    agrees(row, "arc1-fast", 24)
 
 
 def test_the_default_batch_fits():

@@ -19,9 +19,9 @@ runs.without_curves()
 deed, rank, first = sys.argv.pop(1), int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 backward, loop, batches = train.backward, train.train, []
 
-def watched(run, batch):
-    batches.append(batch)
-    backward(run, batch)
+def watched(run, parts):
+    batches.extend(parts)
+    backward(run, parts)
     if deed == "disturb" and (rank, run.step, first) == (1, 9, True):
         os.kill(os.getpid(), signal.SIGKILL)
     if deed == "disturb" and (rank, run.step, first) == (0, 15, False):
@@ -62,7 +62,7 @@ def test_two_ranks_are_one_process(pair, tmp_path, boards, monkeypatch):
     """Same batches, losses to 1e-5 over 20 steps, the same puzzle table on both ranks."""
     batches, backward = [], train.backward
     without_curves(monkeypatch)
-    monkeypatch.setattr(train, "backward", lambda run, batch: (batches.append(batch), backward(run, batch)))
+    monkeypatch.setattr(train, "backward", lambda run, parts: (batches.extend(parts), backward(run, parts)))
     assert train.main([str(a) for a in flags(boards, tmp_path, *LONGER)]) == 0
     (table0, first), (table1, second) = (torch.load(pair / f"kept{rank}.pt") for rank in range(2))
     assert len(first) == len(second) == len(batches) == 20

@@ -136,12 +136,14 @@ def test_history_tells_when_each_row_was_right(split):
 
 def test_result_line():
     metrics = {"exact_acc": 0.998, "cell_acc": 0.99957, "lm_loss": 1.0, "n": 1000}
-    assert scoring.result_line("mini", metrics, 870, 58.149, "cpu") == (
-        "RESULT preset=mini exact_acc=0.9980 cell_acc=0.9996 n=1000 steps=870 train_s=58.1 device=cpu")
+    assert results.result_line("mini", metrics, 870, 2.5e9, 58.149, "cpu") == (
+        "RESULT preset=mini exact_acc=0.9980 cell_acc=0.9996 n=1000 steps=870 train_pflop=0.002175 "
+        "train_s=58.1 device=cpu")
     metrics = {"pass@1": 0.4, "pass@2": 0.45, "exact_acc": 0.3, "cell_acc": 0.8, "n": 9}
-    line = scoring.result_line("arc1", metrics, 1, 2, "cuda:0")
+    line = results.result_line("arc1", metrics, 1, 2, 2, "cuda:0")
     assert line.startswith("RESULT preset=arc1 pass@1=0.4000 pass@2=0.4500 exact_acc=0.3000 ")
-    assert "regression_loss=0.5000" in scoring.result_line("x", {"regression_loss": 0.5, "n": 1}, 1, 1, "cpu")
+    line = results.result_line("x", {"regression_loss": 0.5, "n": 1}, 1, 1, 1, "cpu")
+    assert "regression_loss=0.5000" in line
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """What a GPU asks for, checked without one: memory, parts of a batch, determinism, attention, evaluations."""
 import itertools
-import types
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import model
 import optim
 import prepare
 import runs
+import state
 import train
 from common import UserError
 from model import Config, attend, flops, parts_that_fit, train_bytes
@@ -53,16 +53,18 @@ def test_a_row_that_does_not_fit_is_one_line():
 def test_parts_are_chosen_on_a_gpu_only_and_by_the_fullest_one(tmp_path, monkeypatch):
     """The choice of the rank with the least memory holds for all; a typed --grad-accum wins."""
     seen, made, world = [], [], common.World(0, 1, torch.device("cuda"))
+    cpu = common.World(0, 1, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 ** 9, 10 ** 9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 24)
-    monkeypatch.setattr(train, "parts_that_fit", lambda cfg, rows, free: seen.append((rows, free)) or 2)
+    monkeypatch.setattr(state, "parts_that_fit", lambda cfg, rows, free: seen.append((rows, free)) or 2)
     monkeypatch.setattr(common.World, "agree", lambda self, number: number * 2)
 
     class Chosen(Exception):
         pass
 
     def open_run(args, *others):
-        made.append(types.SimpleNamespace(rows=args.global_batch_size, parts=args.grad_accum or 1, step=0))
+        cfg = Config(hidden_size=16, num_heads=1, puzzle_emb_len=1, puzzle_emb_ndim=16)
+        made.append(state.Run(args, cfg, cpu))
         return made[-1]
 
     def log(*others):
@@ -73,7 +75,7 @@ def test_parts_are_chosen_on_a_gpu_only_and_by_the_fullest_one(tmp_path, monkeyp
     for more, parts in ([], 4), (["--grad-accum", "8"], 8):
         with pytest.raises(Chosen):
             train.run_preset([*flags, *more], world)
-        assert made[-1].parts == parts
+        assert made[-1].rows == parts * made[-1].at_once[0], parts
     assert seen == [(8, 10 ** 9 + 24)]
 
 

@@ -55,7 +55,7 @@ def test_attention(monkeypatch, backward):
     assert tiny()["failed"] == "differ over 0.02"
 
 
-@pytest.mark.parametrize("name", train.PRESETS)
+@pytest.mark.parametrize("name", ROWS)
 def test_preset(monkeypatch, name):
     monkeypatch.setitem(train.PRESETS, name, {**train.PRESETS[name], **SMALL})
     monkeypatch.setitem(KNOWN[name.removesuffix("-att")].shape, "num_puzzle_identifiers", 5)

@@ -378,7 +378,7 @@ def test_tiny_model_learns_eight_puzzles():
     run = train.Run(args, cfg, ALONE)
     batch = random_batch(cfg, 8)
     for step in range(300):
-        train.backward(run, batch)
+        train.backward(run, [batch])
         train.update(run, 1.0)
         if step % 20 == 19:
             model = run.model.eval()

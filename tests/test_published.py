@@ -72,7 +72,7 @@ def test_three_training_steps_agree(name):
     params = dict(run.model.named_parameters())
     for i in range(3):
         run.sums = {}
-        train.backward(run, batch_of(d, i))
+        train.backward(run, [batch_of(d, i)])
         if i == 0:
             for key, p in params.items():
                 golden = float(d[f"grad_norm/{names[key]}"])
@@ -82,8 +82,8 @@ def test_three_training_steps_agree(name):
         report(f"{name} loss at step {i}", abs(loss / d["train/loss"][i] - 1), 1e-4)
         wanted = golden_metrics(d, "train", i)
         compare_metrics(f"{name} step {i}", run.sums, wanted, 1e-4 * max(1, *map(abs, wanted.values())))
-        assert (run.carry.halted.numpy() == d[f"train/halted{i}"]).all(), (i, run.carry.halted)
-        assert (run.carry.steps.numpy() == d[f"train/steps{i}"]).all(), (i, run.carry.steps)
+        assert (run.carries[0].halted.numpy() == d[f"train/halted{i}"]).all(), (i, run.carries[0].halted)
+        assert (run.carries[0].steps.numpy() == d[f"train/steps{i}"]).all(), (i, run.carries[0].steps)
         train.update(run, 1.0)
     after = run.model.state_dict()
     for key, theirs in names.items():

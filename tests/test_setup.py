@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["speedrun.sh", "speedrun-inference.sh", ".ci/run"]
-BIG = ["sudoku", "sudoku-att", "maze", "arc1", "arc2"]
+ALL = ["sudoku", "sudoku-att", "maze", "arc1", "arc2"]
+BIG = [*ALL, "arc1-fast", "arc2-fast"]
 
 # Stands for the Python of the environment: says how many GPUs there are, lacks nothing, and writes every
 # script that it is given to the file `calls`. A call fails when $FAILS is a part of it, or hangs with $HANGS.
@@ -104,7 +105,7 @@ def test_jobs_are_presets_with_a_dataset():
     from prepare import KNOWN
     from train import PRESETS
     assert set(PRESETS) == {"mini", *BIG}
-    assert {job.removesuffix("-att") for job in BIG} <= set(KNOWN)
+    assert {job.rpartition("-")[0] or job for job in BIG} <= set(KNOWN)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def test_mini_is_the_default_and_flags_are_passed_on(copy):
 
 @pytest.mark.parametrize("preset", BIG)
 def test_big_job(copy, preset):
-    build, run = f"-m prepare {preset.removesuffix('-att')}", f"--resume --run-dir runs/speedrun-{preset}"
+    build, run = f"-m prepare {preset.partition('-')[0]}", f"--resume --run-dir runs/speedrun-{preset}"
     one_gpu = f"train.py --preset {preset} {run} --global-batch-size 768 --lr 1e-4"
     copy("./speedrun.sh", preset)
     assert copy.calls == [one_gpu], "no GPU: train.py says so before a dataset is built"
@@ -198,7 +199,7 @@ def test_big_job(copy, preset):
 
 def test_all_and_a_stage_that_fails(copy):
     assert copy("./speedrun.sh", "all", N_GPUS="8")[0] == 0
-    assert [c.split("--preset ")[1].split()[0] for c in copy.calls if "train.py" in c] == BIG
+    assert [c.split("--preset ")[1].split()[0] for c in copy.calls if "train.py" in c] == ALL
     code, out = copy("./speedrun.sh", "all", N_GPUS="8", FAILS="train.py")
     assert code == 3 and len(copy.calls) == 2, out
     code, out = copy("./speedrun.sh", "arc1", N_GPUS="1", FAILS="prepare")

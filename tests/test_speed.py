@@ -42,7 +42,7 @@ def random_batches(cfg, n):
 
 
 def step(run, batch):
-    train.backward(run, batch)
+    train.backward(run, [batch])
     train.update(run, 1.0)
 
 
@@ -63,7 +63,7 @@ def test_no_graph_break_and_no_recompilation(config, steps):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in batches[3:]:
             step(run, batch)
-            halted.add(int(run.carry.halted.sum()))
+            halted.add(int(run.carries[0].halted.sum()))
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == graphs == 2, counters["stats"]  # without and with gradient
     assert len(halted) > 1, f"the test must see changing numbers of halted rows, saw {halted}"
@@ -80,7 +80,7 @@ def test_evaluation_uses_the_graphs_of_training(tmp_path):
             step(run, batch)
         with torch._dynamo.config.patch(error_on_recompile=True):
             metrics = train.evaluate(run, split, None)
-        assert metrics["val/n"] == len(split) and len(split) % run.part
+        assert metrics["val/n"] == len(split) and len(split) % max(run.at_once)
 
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
@@ -186,7 +186,7 @@ def test_a_training_step_never_waits(on_device, flags, config):
     with OnDevice() as seen:
         for batch in random_batches(run.cfg, 3):
             step(run, batch)
-    assert run.step == 3 and run.flat.data.device == run.carry.y.device == META
+    assert run.step == 3 and run.flat.data.device == run.carries[0].y.device == META
     assert seen.operators > 900, seen.operators         # backward included
     assert seen.sent == 3 * len(batch), f"{seen.sent} tensors were sent, not those of the batches alone"
 
