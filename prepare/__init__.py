@@ -1,10 +1,10 @@
-"""The known datasets, one row each; `python -m prepare NAME ...` builds those that are absent.
+"""The known datasets, one row each; those that are absent are built.
 
-    python -m prepare sudoku maze                       # each from its place on the net
-    python -m prepare mini-arc --source DIR             # from a folder of files that you have
+    python -m prepare sudoku maze              # each from its place on the net
+    python -m prepare mini-arc --source DIR    # from a folder that you have
 
-The builders are prepare/sudoku.py, maze.py and arc.py, each a script of its own; boards.py is what the first
-two share.
+The builders are prepare/sudoku.py, maze.py and arc.py, each a script of its
+own; boards.py is what the first two share.
 """
 import importlib
 import os
