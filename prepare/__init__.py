@@ -1,7 +1,10 @@
-"""The known datasets, one row each; `python -m prepare NAME ...` builds those that are absent.
+"""The known datasets, one row each; those that are absent are built.
 
-The builders are prepare/sudoku.py, maze.py and arc.py, each a script of its own; boards.py is what the first
-two share.
+    python -m prepare sudoku maze              # each from its place on the net
+    python -m prepare mini-arc --source DIR    # from a folder that you have
+
+The builders are prepare/sudoku.py, maze.py and arc.py, each a script of its
+own; boards.py is what the first two share.
 """
 import importlib
 import os
@@ -9,9 +12,10 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError
+from common import Parser, UserError
 
 ARC2 = ("--subsets", "training2", "evaluation2", "concept", "--test-set-name", "evaluation2")
+MINI_ARC = ("--test-set-name", "training", "--max-side", "6", "--num-aug", "24")    # 46 tasks to solve
 
 
 class Dataset(NamedTuple):
@@ -33,6 +37,8 @@ def shape(vocab_size, seq_len, rows=1, groups=1000, examples=1.0):
                 mean_puzzle_examples=examples)
 
 
+MINI_ARC_SHAPE = shape(12, 900, 1_626, 65, 4.2769)      # of both halves, which differ in the test split alone
+
 KNOWN = {
     "mini": Dataset("data/sudoku-6x6-mini", "sudoku",
                     ("--source", "generate", "--size", "6", "--num-aug", "1000"), shape(8, 36)),
@@ -41,6 +47,8 @@ KNOWN = {
     "maze": Dataset("data/maze-30x30-hard-1k", "maze", (), shape(6, 900)),
     "arc1": Dataset("data/arc1concept-aug-1000", "arc", (), shape(12, 900, 876_406, 960, 4.1458)),
     "arc2": Dataset("data/arc2concept-aug-1000", "arc", ARC2, shape(12, 900, 1_191_730, 1280, 4.354)),
+    "mini-arc": Dataset("data/arc-6x6-mini", "arc", (*MINI_ARC, "--half", "report"), MINI_ARC_SHAPE),
+    "mini-arc-tune": Dataset("data/arc-6x6-mini-tune", "arc", (*MINI_ARC, "--half", "tune"), MINI_ARC_SHAPE),
 }
 
 
@@ -85,13 +93,15 @@ def must_exist(folders, recipes=None):
             "name another folder with --data, or build it: prepare/{sudoku,maze,arc}.py --help say how"))
 
 
-def ensure(folder, world=None):
-    """Build a known dataset that is absent; of several processes rank 0 does it. Raises UserError."""
+def ensure(folder, world=None, source=None):
+    """Build a known dataset that is absent; of several processes rank 0 does it. source: where its builder
+    reads, in place of its own. Raises UserError."""
     dataset = known(folder)
     if (world is None or world.rank == 0) and not os.path.exists(folder):
-        print(f"+ {command(dataset.builder, dataset.flags, folder)}", flush=True)
+        flags = [*dataset.flags, *(["--source", source] if source else [])]     # the last one wins
+        print(f"+ {command(dataset.builder, flags, folder)}", flush=True)
         builder = importlib.import_module(f"prepare.{dataset.builder}")
-        builder.main([*dataset.flags, "--output-dir", str(folder)])
+        builder.main([*flags, "--output-dir", str(folder)])
     if world is not None:
         world.gather_objects(None)      # the others wait here
 
@@ -103,10 +113,19 @@ def board_kind(recipes):
     return builder if builder in ("sudoku", "maze", "arc") else None
 
 
-def main(argv):
+def flags():
+    parser = Parser(__doc__)
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"any of {', '.join(KNOWN)}")
+    parser.add_argument("--source", help="given to the builders, each of which says what that may be")
+    return parser
+
+
+def main(argv=None):
     """Build what is absent of the named datasets."""
-    for name in argv:
+    args = flags().parse_args(argv)
+    for name in args.names:
         if name not in KNOWN:
             raise UserError(f"unknown dataset {name!r}; one of: {' '.join(KNOWN)}")
+    for name in args.names:
         folder = KNOWN[name].folder
-        print(f"{folder} is there") if os.path.exists(folder) else ensure(folder)
+        print(f"{folder} is there") if os.path.exists(folder) else ensure(folder, source=args.source)

@@ -3,6 +3,7 @@
     python prepare/arc.py                         # ARC-1, downloads its files
     python -m prepare arc2                        # ARC-2
     python prepare/arc.py --source DIR --num-aug 8   # your own files
+    python -m prepare mini-arc mini-arc-tune      # 46 tasks of at most 6 x 6
 
 DIR holds either Kaggle's files, arc-agi_SUBSET_challenges.json and, unless the
 subset is a hidden test set, arc-agi_SUBSET_solutions.json, or folders of tasks
@@ -12,6 +13,9 @@ The examples of the test set's "train" key are trained on (TRM sees a puzzle
 only through its row of the puzzle table); its "test" key is what is scored.
 Equal seeds give the bytes of the published builder: the order of the random
 draws is part of the format.
+
+--half scores half of the test set's tasks, by a hash of their names, and leaves
+all else as it is: a model is tuned on one half and scored on the other.
 """
 import hashlib
 import json
@@ -33,6 +37,7 @@ from data import DIHEDRAL_INVERSE, building, dihedral, write_split
 SIDE = 30                       # of the canvas; a token is 0 (empty), 1 (end line) or colour + 2
 CELLS = SIDE * SIDE
 KEYS, PARTS = ("train", "test"), ("input", "output")        # of a puzzle, of an example
+HALVES, HALF_SEED = ("tune", "report"), 0       # of a test set; see half_of
 AGAIN = "fetch it again"
 COMMIT = "e7b68717f0a6c4cbb4ce6fbef787b14f42083bd9"
 URL = f"https://raw.githubusercontent.com/SamsungSAILMontreal/TinyRecursiveModels/{COMMIT}/kaggle/combined"
@@ -191,6 +196,38 @@ def read_subset(files, subset, test_set):
 
 
 # ---------------------------------------------------------------------------------------------
+# Choosing
+
+def side_of(puzzle):
+    """Side of the smallest square that holds each grid of a puzzle, but for unknown outputs."""
+    examples = chain.from_iterable(puzzle[key] for key in KEYS)
+    grids = [example[part] for example in examples for part in PARTS if part in example]
+    return max(max(len(grid), len(grid[0])) for grid in grids)
+
+
+def half_of(name):
+    """"tune" or "report": the half of a puzzle. It follows from the name alone, so that a puzzle stays on its
+    side whatever other puzzles, flags and seeds a dataset is built of."""
+    return HALVES[hashlib.sha256(f"{HALF_SEED}:{name}".encode()).digest()[0] & 1]
+
+
+def small_enough(subsets, side, test_set, half):
+    """Of {name: {id: puzzle}} the puzzles that fit side x side. Raises UserError when none of `half` (None:
+    of both) is left to be scored."""
+    small = {subset: {name: puzzle for name, puzzle in puzzles.items() if side_of(puzzle) <= side}
+             for subset, puzzles in subsets.items()}
+    left = small[test_set]
+    if not left:
+        least = min(map(side_of, subsets[test_set].values()))
+        raise UserError(f"--max-side {side}: no puzzle of {test_set} is that small; give {least} or more")
+    if half and half not in map(half_of, left):
+        other = HALVES[half == HALVES[0]]
+        raise UserError(f"--half {half}: none of the {len(left)} puzzles of {test_set} is in it; give "
+                        f"{other}, or leave --half out")
+    return small
+
+
+# ---------------------------------------------------------------------------------------------
 # Augmenting
 
 class Group(NamedTuple):
@@ -333,12 +370,23 @@ def flags():
     add("--subsets", nargs="+", default=["training", "evaluation", "concept"], metavar="SUBSET",
         help="in this order")
     add("--test-set-name", default="evaluation", metavar="SUBSET", help="the one that is scored")
+    add("--max-side", type=within(int, 1, SIDE), default=SIDE, metavar="N",
+        help="only puzzles whose grids all fit N x N")
+    add("--half", choices=HALVES, help="score only this half of the test set")
     add("--num-aug", type=within(int, 0), default=1000, metavar="N", help="augmentations per puzzle, at most")
     add("--seed", type=within(int, 0, 2 ** 32 - 1), default=42, metavar="N",
         help="of every draw; 42 gives the published datasets")
     add("--output-dir", metavar="DIR",
-        help="without, data/arc1concept-aug-N, or arc2... if evaluation2 is the test set")
+        help="without, data/arc1concept-aug-N, or arc2... if evaluation2 is the test set; "
+             "-side-N and -HALF are added")
     return parser
+
+
+def default_folder(args):
+    """A name of its own for every choice of tasks, so that none replaces the published dataset."""
+    arc = "arc2" if args.test_set_name == "evaluation2" else "arc1"
+    side = f"-side-{args.max_side}" if args.max_side < SIDE else ""
+    return f"data/{arc}concept-aug-{args.num_aug}{side}" + (f"-{args.half}" if args.half else "")
 
 
 def main(argv=None):
@@ -352,20 +400,21 @@ def main(argv=None):
         download(args.subsets, source)
     files = {subset: subset_files(source, subset) for subset in args.subsets}
     subsets = {subset: read_subset(paths, subset, scored) for subset, paths in files.items()}
+    subsets = small_enough(subsets, args.max_side, scored, args.half)
     rng = np.random.RandomState(args.seed)
-    train, test = augmented(args, subsets, rng)
-    warn_of_leaks(train, test)
+    train, test = augmented(args, subsets, rng)     # of both halves: the puzzle table is the same for either
     ids = {}
     for name in chain.from_iterable(group.names for group in train + test):
         ids.setdefault(name, len(ids) + 1)
+    test = [group for group in test if args.half in (None, half_of(group.names[0]))]
+    warn_of_leaks(train, test)
     puzzles, hidden = subsets[scored], is_hidden(subsets[scored])
     digests = {str(path.relative_to(source)): sha256(path) for path in chain(*files.values())}
     recipe = {"builder": "arc", **vars(args), "hidden_test_set": hidden, "source_sha256": digests}
     del recipe["output_dir"]        # where it lies is not what it is
     if args.source != "download":
         recipe["source"] = str(source.resolve())    # to build it again from any directory
-    arc = "arc2" if scored == "evaluation2" else "arc1"
-    with building(args.output_dir or f"data/{arc}concept-aug-{args.num_aug}") as tmp:
+    with building(args.output_dir or default_folder(args)) as tmp:
         write_arc_split(tmp / "train", train, ids, True, rng)
         write_arc_split(tmp / "test", test, ids, False, rng)
         write_json(tmp / "identifiers.json", ["<blank>", *ids])

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [      # from the ground up; "prepare" is the table of known datasets, "builders" are its scripts
     {"common"}, {"prepare", "examples", "rundir", "model", "optim"}, {"data"}, {"builders"},
-    {"draw", "hub", "vote", "results", "state"}, {"eval"}, {"sanity"}, {"train"}, {"solve", "bench"},
-    {"gpu_check"}]
+    {"draw", "hub", "vote", "results", "state"}, {"eval"}, {"sanity"}, {"train"},
+    {"solve", "bench", "baselines"}, {"gpu_check"}]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("prepare/*.py")])
 SHELL = [ROOT / "speedrun.sh", ROOT / "speedrun-inference.sh", ROOT / ".ci" / "run"]
 LONG = {"train.py:run_preset"}    # FILE:FUNCTION of at most two functions that may have more than 40 lines

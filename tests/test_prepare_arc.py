@@ -13,11 +13,14 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
-from tiny_arc import tiny_subsets, write_source
+from tiny_arc import pair, tiny_subsets, write_source
 
+import eval as scoring
 import prepare
 from common import UserError, cli, sha256
+from data import Split
 from prepare import arc
+from runs import ALONE, arc_model, save_run
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -169,6 +172,143 @@ def test_arc1_with_8_augmentations_is_the_published_dataset(tmp_path):
     golden = json.loads((GOLDEN / "arc1_aug8.json").read_text())
     expected = {name: facts["sha256"] for name, facts in golden.items()}
     assert {name: sha256(tmp_path / "d" / name) for name in golden} == expected
+
+
+# ---------------------------------------------------------------------------------------------
+# A part of the tasks
+
+def naive_fits(puzzle, side):
+    shapes = [np.shape(e[part]) for key in puzzle for e in puzzle[key] for part in e]
+    return max(map(max, shapes)) <= side
+
+
+@pytest.mark.parametrize("side, left", [
+    (2, ["symmetric", "swapped"]), (4, ["symmetric", "swapped", "cross"])])
+def test_max_side_equals_naive_builder_on_small_tasks(side, left, tmp_path):
+    """As if the files held no others, in all subsets, a subset of which nothing is left included."""
+    small = {subset: {name: puzzle for name, puzzle in puzzles.items() if naive_fits(puzzle, side)}
+             for subset, puzzles in tiny_subsets().items()}
+    source = write_source(tmp_path / "source", tiny_subsets())
+    got = build(source, tmp_path / "d", *TINY_FLAGS, "--test-set-name", "training", "--max-side", str(side))
+    expected = naive_build(small, "training", 30, 5)
+    assert json.loads(got.pop("recipe.json"))["max_side"] == side
+    assert got == expected
+    assert {n for n in json.loads(got["identifiers.json"])[1:] if "|||" not in n} == set(left)
+
+
+def test_unknown_outputs_have_no_size(hidden, tmp_path):
+    source, subsets = hidden
+    for example in (pair([[1]], [[2]] * 9), pair([[1]], [[2] * 9]), pair([[1] * 9], [[2]])):
+        assert arc.side_of({"train": [example], "test": [{"input": [[1]]}]}) == 9
+        assert arc.side_of({"train": [pair([[1]], [[1]])], "test": [example]}) == 9
+    assert arc.side_of({"train": [], "test": [{"input": [[1, 2, 3]]}]}) == 3
+    got = build(source, tmp_path / "d", *HIDDEN_FLAGS, "--max-side", "4")
+    small = {subset: {name: puzzle for name, puzzle in puzzles.items() if naive_fits(puzzle, 4)}
+             for subset, puzzles in subsets.items()}
+    assert json.loads(got.pop("recipe.json"))["hidden_test_set"] is True
+    assert got == naive_build(small, "test", 30, 5, hidden=True) and list(small["test"]) == ["cross"]
+
+
+def test_halves_part_the_test_set_and_nothing_else(tmp_path, capsys):
+    """Both halves, one after the other, are the whole test split; the rest is the same to the byte."""
+    source = write_source(tmp_path / "source", tiny_subsets())
+    parts = {half: build(source, tmp_path / half, *TINY_FLAGS, "--half", half) for half in arc.HALVES}
+    assert capsys.readouterr().err.count("1 of 3 test pairs also stand in the training split") == 1
+    whole = build(source, tmp_path / "whole")
+    for half, files in parts.items():
+        assert json.loads(files["recipe.json"])["half"] == half
+        for name in whole:
+            same = name.startswith("train/") or name == "identifiers.json"
+            assert (files[name] == whole[name]) == same, (half, name)
+    puzzles = {half: json.loads(files["test_puzzles.json"]) for half, files in parts.items()}
+    assert {half: list(p) for half, p in puzzles.items()} == {"tune": ["cross"], "report": ["two tests"]}
+    assert puzzles["tune"] | puzzles["report"] == json.loads(whole["test_puzzles.json"])
+    splits = [Split(tmp_path / name, "test") for name in ("whole", *arc.HALVES)]
+    rows = [list(zip(*(a.tolist() for a in split.gather(np.arange(len(split)))))) for split in splits]
+    assert sorted(rows[0]) == sorted(rows[1] + rows[2]) and all(rows)
+    assert len({split.identity for split in splits}) == 1
+
+
+def test_half_of_a_task_is_one_bit_of_a_hash():
+    names = [f"{i:08x}" for i in range(1000)]
+    for name in names[:20]:
+        byte = hashlib.sha256(f"0:{name}".encode()).digest()[0]
+        assert arc.half_of(name) == ("report" if byte % 2 else "tune")
+    assert 440 < sum(arc.half_of(name) == "tune" for name in names) < 560
+
+
+def test_one_model_is_scored_on_both_halves(tmp_path):
+    """eval.py --data takes the other half, whose puzzles are those of the checkpoint, by the same rows."""
+    source = write_source(tmp_path / "source", tiny_subsets())
+    for half in arc.HALVES:
+        build(source, tmp_path / half, *TINY_FLAGS, "--half", half)
+    split = Split(tmp_path / "report", "test")
+    run = save_run(tmp_path / "run", split, arc_model(split))
+    args = scoring.flags().parse_args(["--checkpoint", str(run), "--data", str(tmp_path / "tune")])
+    opened = scoring.open_model(args, ALONE)
+    alone = Split(tmp_path / "tune", "test")
+    assert opened.split.dirs == [tmp_path / "tune"] and opened.split.names == alone.names
+    rows = np.arange(len(alone))
+    for a, b in zip(opened.split.gather(rows), alone.gather(rows)):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("flags, folder", [
+    ([], "arc1concept-aug-30"), (["--max-side", "30"], "arc1concept-aug-30"),
+    (["--max-side", "4"], "arc1concept-aug-30-side-4"), (["--half", "tune"], "arc1concept-aug-30-tune"),
+    (["--max-side", "4", "--test-set-name", "training", "--half", "report"],
+     "arc1concept-aug-30-side-4-report")])
+def test_part_of_the_tasks_has_a_folder_of_its_own(flags, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arc.main(["--source", str(write_source(tmp_path / "source", tiny_subsets())), *TINY_FLAGS, *flags])
+    assert [p.name for p in Path("data").iterdir()] == [folder]
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--max-side", "2"], "--max-side 2: no puzzle of evaluation is that small; give 3 or more"),
+    (["--max-side", "0"], "--max-side: 0 is out of range; give 1 .. 30"),
+    (["--half", "both"], "--half: invalid choice: 'both'"),
+    (["--max-side", "4", "--half", "report"],
+     "--half report: none of the 1 puzzles of evaluation is in it; give tune, or leave --half out"),
+    (["--test-set-name", "training", "--half", "tune"], "--half tune: none of the 3 puzzles of training")])
+def test_nothing_left_is_refused(flags, expected, tmp_path, capsys):
+    write_source(tmp_path / "source", tiny_subsets())
+    assert expected in refused(tmp_path, capsys, *TINY_FLAGS, *flags)
+
+
+def test_known_dataset_is_built_from_a_source(tmp_path, monkeypatch, capsys):
+    """python -m prepare NAME --source DIR: no network, and its own folder."""
+    monkeypatch.chdir(tmp_path)
+    subsets = tiny_subsets()
+    source = write_source(tmp_path / "source", {**subsets, "concept": subsets["evaluation"]})
+    prepare.main(["mini-arc", "--source", str(source)])
+    flags = "--test-set-name training --max-side 6 --num-aug 24 --half report"
+    said = f"prepare/arc.py {flags} --source {source} --output-dir data/arc-6x6-mini\n"
+    assert capsys.readouterr().out.split("train:")[0].endswith(said)
+    recipe = json.loads(Path("data/arc-6x6-mini/recipe.json").read_text())
+    assert (recipe["source"], recipe["max_side"], recipe["half"]) == (str(source), 6, "report")
+    builder, rebuilt = prepare.recipe_flags(recipe)
+    first = files_of(tmp_path / "data/arc-6x6-mini")
+    arc.main([*rebuilt, "--output-dir", "again"])
+    assert files_of(tmp_path / "again") == first
+    prepare.main(["mini-arc"])
+    assert "data/arc-6x6-mini is there" in capsys.readouterr().out
+    with pytest.raises(UserError, match="unknown dataset 'arc3'; one of: mini sudoku"):
+        prepare.main(["mini-arc-tune", "arc3"])
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real ARC files (../shared/arc) are not here")
+@pytest.mark.parametrize("name, tasks, inputs", [("mini-arc", 26, 29), ("mini-arc-tune", 20, 24)])
+def test_mini_arc_has_the_shape_that_is_known(name, tasks, inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare.main([name, "--source", str(REAL)])
+    dataset = prepare.KNOWN[name]
+    meta = json.loads(Path(dataset.folder, "train/dataset.json").read_text())
+    assert {**dataset.shape, "mean_puzzle_examples": None} == {
+        **{key: meta[key] for key in dataset.shape}, "mean_puzzle_examples": None}
+    assert abs(dataset.shape["mean_puzzle_examples"] - meta["mean_puzzle_examples"]) < 1e-4
+    puzzles = json.loads(Path(dataset.folder, "test_puzzles.json").read_text())
+    assert (len(puzzles), sum(len(puzzle["test"]) for puzzle in puzzles.values())) == (tasks, inputs)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -88,7 +88,8 @@ def test_command_is_understood(document, command):
         assert words[0] in ("python", "torchrun"), f"{document}: {command}"
         flags_of(script).parse_args(arguments)
     elif words[:3] == ["python", "-m", "prepare"]:
-        assert set(words[3:]) <= set(prepare.KNOWN), f"{document}: {command}"
+        names = prepare.flags().parse_args(words[3:]).names
+        assert set(names) <= set(prepare.KNOWN), f"{document}: {command}"
     else:
         files = [word for word in words if word.endswith(".py")]
         assert words[0] in OTHERS or words[0] == "python" and files, f"{document}: who parses {command!r}?"
