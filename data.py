@@ -295,12 +295,12 @@ class Split:
 # ---------------------------------------------------------------------------------------------
 # Canvases: every ARC task on the smallest square that holds it, as most of a 30 x 30 board is padding
 
-def extent(boards):
-    """Top row, left column, height and width, (N,) each, of the colours on square boards (N, S)."""
+def extent(boards, least=2):
+    """Top row, left column, height and width, (N,) each, of the tokens from `least` on, on square boards
+    (N, S): 2 for the colours, 1 for these and their end lines."""
     side = isqrt(boards.shape[1])
-    colours = boards.reshape(len(boards), side, side) > 1        # neither padding nor the end line
-    found = []
-    for lines in (colours.any(2), colours.any(1)):      # rows, columns
+    there, found = boards.reshape(len(boards), side, side) >= least, []
+    for lines in (there.any(2), there.any(1)):      # rows, columns
         first, last = lines.argmax(1), side - lines[:, ::-1].argmax(1)
         found.append((first, np.where(lines.any(1), last - first, 0)))
     (top, height), (left, width) = found
@@ -326,9 +326,11 @@ def windows(inputs, labels, side, place=None):
 
 def put_on_canvases(train, test, canvases):
     """Give every task of both Splits the smallest of the canvases (their sides) that holds all grids it is
-    trained on and its test inputs; its augmentations share it. A test output is never looked at: one that
-    does not fit counts as wrong. Raises UserError."""
-    canvases, needed = np.unique(canvases), np.zeros(len(train.names), int)     # by row of the puzzle table
+    trained on and its test inputs, with their end lines; the largest canvas need not hold those. All
+    augmentations of a task share its side. A test output is never looked at: one that does not fit counts
+    as wrong. Raises UserError."""
+    canvases = np.unique(canvases)
+    needed = np.zeros((2, len(train.names)), int)   # with end lines and without; by row of the puzzle table
     if {train.kind, test.kind} != {"arc"}:
         raise UserError(f"--canvases {' '.join(map(str, canvases))}: only ARC tasks have sizes of their own; "
                         f"leave it out")
@@ -337,14 +339,17 @@ def put_on_canvases(train, test, canvases):
         rows = [np.arange(*split.puzzle_indices[p:p + 2]) for p in originals]
         for examples in np.array_split(np.concatenate(rows), 1 + len(rows) // 1024):
             inputs, labels, ids = split.gather(examples)
-            _, _, height, width = extent(inputs if split is test else np.maximum(inputs, labels))
-            np.maximum.at(needed, ids, np.maximum(height, width))
-    if needed.max() > canvases[-1]:
-        raise UserError(f"--canvases {' '.join(map(str, canvases))}: {(needed > canvases[-1]).sum()} tasks "
-                        f"are larger; add {needed.max()}")
+            boards = inputs if split is test else np.maximum(inputs, labels)
+            for sizes, least in zip(needed, (1, 2)):
+                _, _, height, width = extent(boards, least)
+                np.maximum.at(sizes, ids, np.maximum(height, width))
+    with_lines, grids = needed
+    if grids.max() > canvases[-1]:
+        raise UserError(f"--canvases {' '.join(map(str, canvases))}: {(grids > canvases[-1]).sum()} tasks "
+                        f"are larger; add {grids.max()}")
     for split in (train, test):
-        of_group = needed[split.puzzle_identifiers[split.group_indices[:-1]]]
-        split.sides = canvases[np.searchsorted(canvases, of_group)]
+        of_group = with_lines[split.puzzle_identifiers[split.group_indices[:-1]]]
+        split.sides = canvases[np.searchsorted(canvases[:-1], of_group)]
 
 
 class Part(NamedTuple):

@@ -1,11 +1,18 @@
-"""What evaluations measured: intervals, the printed table, whether one result is better than another."""
+"""What evaluations measured: intervals, the printed table, whether one result is better than another.
+
+    python results.py runs/mini-*    what finished runs gave; mean and spread
+
+The last is what a record needs: several seeds of one preset.
+"""
 import math
+import statistics
 from pathlib import Path
 
+import common  # noqa: F401  before torch, for a Ctrl-C while that is imported
 import numpy as np
-
-from common import UserError, read_json
+from common import Parser, UserError, cli, read_json
 from model import metric_names
+from rundir import read_log
 
 
 def wilson(p, n, z=1.96):
@@ -78,3 +85,39 @@ def result_line(preset, results, steps, step_flops, train_s, device):
     shown |= {"steps": steps, "train_pflop": pflop, "train_s": f"{train_s:.1f}", "device": device}
     return f"RESULT preset={preset} " + " ".join(
         f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
+
+
+def ended(folder):
+    """{name: text} of the RESULT line of a run, its seed and folder. Raises UserError when it has none."""
+    records = read_log(Path(folder) / "log.jsonl")
+    lines = [r["line"] for r in records if r["event"] == "result"]
+    if not lines:
+        raise UserError(f"{folder} has no RESULT in its log.jsonl: it has not ended, or is no run")
+    seed = next((r["settings"]["seed"] for r in records if r["event"] == "start"), "?")
+    return {"run": Path(folder).name, "seed": seed, **dict(word.split("=") for word in lines[-1].split()[1:])}
+
+
+def flags():
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
+    return parser
+
+
+def main(argv=None):
+    found = [ended(folder) for folder in flags().parse_args(argv).runs]
+    form = "{:<28} {:<4} {:<16} {:>6} {:>7} {:>7} {:>6}"
+    print(form.format("run", "seed", "score", "", "steps", "pflop", "s"))
+    scores = {}
+    for run in found:
+        name = next(name for name in ("pass@2", "exact_acc", "within_tolerance") if name in run)
+        scores.setdefault((run["preset"], name), []).append(float(run[name]))
+        print(form.format(run["run"], run["seed"], name, run[name], run["steps"], run["train_pflop"],
+                          f"{float(run['train_s']):.0f}"))
+    for (preset, name), values in scores.items():
+        if len(values) > 1:
+            print(f"{preset}: {name} {statistics.mean(values):.4f}, standard deviation "
+                  f"{statistics.stdev(values):.4f}, {len(values)} runs")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -466,7 +466,7 @@ def finish(run, test, log, metrics, finished, wall_s):
     if run.world.rank:
         return
     pictures = [Path(args.run_dir) / "train_vs_val.png"]   # drawn at the last evaluation
-    if args.preset == "mini" and not run.cfg.regression:
+    if args.preset.startswith("mini") and not run.cfg.regression:
         run.with_ema()
         run.model.eval()
         pictures.append(Path(args.run_dir) / "puzzle.png")
