@@ -20,30 +20,39 @@ REGRESSION = dict(vocab_size=0, input_dim=3, target_dim=2)
 MLP = dict(mixer="mlp", pos_encodings="none")
 
 
-def make_run(*flags, world=ALONE, **config):
+def make_run(*flags, world=ALONE, parts=None, **config):
     args = train.settings(["--preset", "sudoku", "--global-batch-size", "8", *flags], ALONE)[0]
     sizes = dict(vocab_size=6, seq_len=16, num_puzzles=5, hidden_size=32, num_heads=2, puzzle_emb_len=1,
                  puzzle_emb_ndim=32, H_cycles=2, L_cycles=2, halt_max_steps=4)
-    run = train.Run(args, M.Config(**{**sizes, **config}), world)
+    run = train.Run(args, M.Config(**{**sizes, **config}), world, parts=parts)
     with torch.no_grad():
         run.model.q_bias.fill_(0)   # so that rows halt at random from the start
     return run
 
 
-def random_batches(cfg, n):
+def random_batches(cfg, n, rows=8):
     g = torch.Generator().manual_seed(1)
     for i in range(n):
         if cfg.regression:
-            puzzles = [torch.randn(8, cfg.seq_len, d, generator=g) for d in (cfg.input_dim, cfg.target_dim)]
+            widths = cfg.input_dim, cfg.target_dim
+            puzzles = [torch.randn(rows, cfg.seq_len, width, generator=g) for width in widths]
         else:
-            puzzles = torch.randint(1, cfg.vocab_size, (2, 8, cfg.seq_len), dtype=torch.int32, generator=g)
-        ids = torch.randint(cfg.num_puzzles, (8,), dtype=torch.int32, generator=g)
-        yield M.Batch(*puzzles, ids, torch.from_numpy(data.exploration(0, i, 8, 0.5, 4)))
+            puzzles = torch.randint(1, cfg.vocab_size, (2, rows, cfg.seq_len), dtype=torch.int32, generator=g)
+        ids = torch.randint(cfg.num_puzzles, (rows,), dtype=torch.int32, generator=g)
+        yield M.Batch(*puzzles, ids, torch.from_numpy(data.exploration(0, i, rows, 0.5, 4)))
 
 
-def step(run, batch):
-    train.backward(run, [batch])
+def step(run, *parts):
+    train.backward(run, parts)
     train.update(run, 1.0)
+
+
+# of a board of 4 x 4: five rows on windows of 2 x 2, three on the whole
+CANVASES = [data.Part(2, None, 5), data.Part(4, None, 3)]
+
+
+def canvas_batches(run, n):
+    return list(zip(*(random_batches(run.config_of(part), n, part.rows) for part in run.parts)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -191,6 +200,33 @@ def test_a_training_step_never_waits(on_device, flags, config):
     assert seen.sent == 3 * len(batch), f"{seen.sent} tensors were sent, not those of the batches alone"
 
 
+def test_a_step_on_canvases_never_waits(on_device):
+    run = make_run(world=on_device, parts=CANVASES)
+    with OnDevice() as seen:
+        for parts in canvas_batches(run, 3):
+            step(run, *parts)
+    assert run.step == 3 and [len(c.y) for c in run.carries] == [5, 3] and seen.operators > 900
+    assert seen.sent == 3 * sum(map(len, parts)), f"{seen.sent} tensors were sent"
+
+
+def test_canvases_have_graphs_of_their_own_and_no_others(monkeypatch):
+    """With and without gradient, of both lengths; steps and evaluations later there is none more."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = make_run(parts=CANVASES)
+    M.compile_model(run.model, backend="aot_eager")
+    for parts in canvas_batches(run, 6):
+        step(run, *parts)
+    first = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for parts in canvas_batches(run, 4):
+        step(run, *parts)
+        for inputs, _, ids, _ in parts:
+            scoring.last_thought(run.model.eval(), inputs, ids, 2)
+        run.model.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == first == 4
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_the_log_line_is_where_training_waits(on_device, monkeypatch):
     run = make_run(world=on_device)
     step(run, next(random_batches(run.cfg, 1)))
@@ -208,10 +244,10 @@ def test_evaluation_waits_once_a_batch(on_device, monkeypatch, tmp_path, effort)
     split, model = data.Split(tmp_path / "d", "test"), make_run(world=on_device, num_layers=1).model.eval()
     batches, effort = [np.arange(4), np.arange(4, 7)], scoring.Effort(steps=3, **effort)
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
-        list(scoring.score_all_steps(model, split, batches, 4, effort))
+        list(scoring.score_all_steps(model, split, 0, batches, 4, effort))
     monkeypatch.setattr(scoring, "to_host", lambda cfg, rows, *columns: (len(rows), columns[-1].shape))
     with OnDevice() as seen:
-        found = list(scoring.score_all_steps(model, split, batches, 4, effort))
+        found = list(scoring.score_all_steps(model, split, 0, batches, 4, effort))
     assert found == [(4, (4, 3)), (3, (4, 3))] and seen.operators > 300, (found, seen.operators)
 
 
