@@ -26,15 +26,6 @@ usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "$(basename "$0")"; }  # the comment 
 run() { printf '+'; printf ' %q' "$@"; echo; "$@"; }
 stage() { local TIMEFORMAT="== $1: %1R s"; shift; time "$@"; }  # stage NAME COMMAND...: says how long it took
 
-lacking() {  # lacking PYTHON: of requirements.txt, by metadata: importing torch takes seconds
-  "$1" -c 'if True:
-    import re, importlib.metadata as metadata
-    for name, pin in re.findall(r"^(\w+)(==[\d.]+)?", open("requirements.txt").read(), re.M):
-        have = ["==" + d.version.split("+")[0] for d in metadata.distributions(name=name)]
-        met = have and pin in ("", have[0])
-        if not met and name not in ("pytest", "ruff"): print(name + pin, end=" ")'
-}
-
 find_uv() {  # sets UV to the one on PATH, else to our own in .uv: a folder, which any pip may fill
   for UV in "$(command -v uv)" .uv/bin/uv; do "$UV" --version >/dev/null 2>&1 && return; done
   echo "installing uv into .uv"
@@ -49,26 +40,20 @@ find_uv() {  # sets UV to the one on PATH, else to our own in .uv: a folder, whi
 uv_install() { run "$UV" pip install --compile-bytecode --python "$PY" -r requirements.txt "$@"; }
 
 setup() {  # sets PY, the Python of all jobs
-  local lacks stamp=.venv/.requirements  # a copy of what was installed; empty in the meantime
   PY=${TRM_PYTHON:-.venv/bin/python}
   if [ -n "${TRM_PYTHON:-}" ]; then
-    lacks=$(lacking "$PY" 2>/dev/null) || die "TRM_PYTHON=$PY does not run; name another, or unset it"
-    [ -z "$lacks" ] || die "TRM_PYTHON=$PY lacks ${lacks% }; run: $PY -m pip install -r requirements.txt"
-    return
+    "$PY" -c 'import importlib.metadata; importlib.metadata.version("torch")' 2>/dev/null && return
+    die "TRM_PYTHON=$PY does not run, or lacks torch: install requirements.txt into it, or name another"
   fi
-  if cmp -s requirements.txt $stamp && "$PY" -c ''; then return; fi
-  if [ -e .venv ] && { [ -e $stamp ] && [ ! -s $stamp ] || ! "$PY" -c ''; } 2>/dev/null; then
-    echo ".venv is half made or broken: making it anew"; rm -rf .venv
-  fi
+  if cmp -s requirements.txt .venv/.requirements && "$PY" -c ''; then return; fi
   [ -z "${PIP_FIND_LINKS:-}" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS// /,}}"
   find_uv
-  mkdir -p .venv; : >$stamp
-  [ -x "$PY" ] || run "$UV" venv -q --allow-existing --python '>=3.10,<3.15' .venv
+  "$PY" -c '' 2>/dev/null || { rm -rf .venv; run "$UV" venv -q --python '>=3.10,<3.15' .venv; }
   if ! uv_install --torch-backend=auto; then
     echo "PyTorch's own index may be out of reach: now without it (on Linux 3 GB of CUDA, or a local wheel)"
     uv_install || die "requirements.txt cannot be installed (see above): mend that, or set TRM_PYTHON"
   fi
-  cp requirements.txt $stamp
+  cp requirements.txt .venv/.requirements  # says that all of it is there
 }
 
 count_gpus() {  # sets gpus

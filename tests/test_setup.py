@@ -112,16 +112,8 @@ def test_jobs_are_presets_with_a_dataset():
 # Setup
 
 def test_trm_python(copy):
-    """The Python that runs this test is used as it is; what it lacks is told, from its real metadata."""
-    file = copy.folder / "requirements.txt"
-    text, here = file.read_text(), sys.executable
-    code, out = copy.setup(TRM_PYTHON=here)
-    assert code == 0 and "== setup: " in out and copy.calls == [] and not copy.venv.exists(), out
-    for changed, lacks in ((text + "no_such_package>=1\n", "no_such_package"),
-                           (text.replace("torch==2", "torch==1"), "torch==1.13.0")):
-        file.write_text(changed)
-        code, out = copy.setup(TRM_PYTHON=here)
-        assert code == 2 and f"error: TRM_PYTHON={here} lacks {lacks}; run: " in out, out
+    """A Python that has torch is used as it is."""
+    assert copy.setup(TRM_PYTHON=sys.executable)[0] == 0 and copy.calls == [] and not copy.venv.exists()
     code, out = copy("./speedrun.sh", TRM_PYTHON="/nowhere/python")
     assert code == 2 and out.startswith("error: TRM_PYTHON=/nowhere/python does not run"), out
 
@@ -139,20 +131,15 @@ def test_venv_by_uv(copy):
     assert copy.setup()[0] == 0 and len(copy.calls) == 1 and "install" in copy.calls[0], copy.calls
 
 
-def test_venv_that_is_half_made_or_broken_is_made_anew(copy):
+def test_venv_that_is_half_made_is_filled_and_a_broken_one_made_anew(copy):
     assert copy.setup(FAILS="venv")[0] != 0
     code, out = copy.setup(FAILS="install")
-    assert code == 2 and "half made" in out and "error: requirements.txt cannot be installed" in out, out
+    assert code == 2 and "error: requirements.txt cannot be installed" in out, out
     (copy.venv / "extra").touch()
-    code, out = copy.setup()
-    assert code == 0 and "half made" in out and not (copy.venv / "extra").exists(), out
-    executable(copy.venv / "bin" / "python")
-    code, out = copy.setup()
-    assert code == 0 and "broken" in out and "uv venv" in copy.calls[0], out
-    (copy.venv / ".requirements").unlink()
-    code, out = copy.setup()
-    assert code == 0 and len(copy.calls) == 1 and "install" in copy.calls[0], "a user's own .venv is filled"
+    assert copy.setup()[0] == 0 and len(copy.calls) == 1 and "install" in copy.calls[0], copy.calls
     assert copy.setup()[0] == 0 and copy.calls == []
+    executable(copy.venv / "bin" / "python")
+    assert copy.setup()[0] == 0 and "uv venv" in copy.calls[0] and not (copy.venv / "extra").exists()
 
 
 def test_no_uv(copy):
