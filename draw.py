@@ -69,13 +69,20 @@ def draw_curve(ax, records, event, metrics, **style):
 # ---------------------------------------------------------------------------------------------
 # Boards
 
-OUTSIDE, WRONG, ANSWER = "#FFFFFF", "#D50000", "#0D47A1"
-COLOURS = {     # of the tokens; of ARC the second is the end of the grid, the last ten are those of its site
-    "arc": (OUTSIDE, "#D9D9D9", "#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE",
+OUTSIDE, END, WALL = "#FFFFFF", "#D9D9D9", "#37474F"
+COLOURS = {     # of the tokens; of ARC the last ten are those of its site
+    "arc": (OUTSIDE, END, "#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00", "#AAAAAA", "#F012BE",
             "#FF851B", "#7FDBFF", "#870C25"),
-    "maze": (OUTSIDE, "#37474F", "#FFFFFF", "#2ECC40", "#FF851B", "#64B5F6"),
+    "maze": (OUTSIDE, WALL, "#FFFFFF", "#2ECC40", "#FF851B", "#64B5F6"),
     "tokens": (OUTSIDE, *(f"C{i}" for i in range(255))),    # matplotlib knows ten, again and again
     "sudoku": (OUTSIDE, "#E6E6E6", "#FFCDD2")}              # not of tokens: answer, given, wrong
+WRONG, ANSWER = "#D50000", "#0D47A1"
+CROSS = (WRONG, "x: wrong cell")
+LEGEND = {
+    "sudoku": [*zip(COLOURS["sudoku"][1:], ("given", "wrong cell")), (ANSWER, "answer")],
+    "maze": [*zip(COLOURS["maze"][1:], ("wall", "open", "start", "goal", "path")), CROSS],
+    "arc": [(END, "end of the grid"), CROSS], "tokens": [CROSS],
+    "numbers": [("#F2B3B3", "outside the tolerance")]}
 
 
 class Panel(NamedTuple):
@@ -146,20 +153,25 @@ def draw_panel(ax, kind, panel, low, high):
 
 
 def draw_panels(kind, title, panels, columns, width=WIDTH):
-    """A matplotlib Figure of boards, `columns` in a row. width: in inches."""
+    """A matplotlib Figure of boards, `columns` in a row, with a legend. width: in inches."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
     rows = -(-len(panels) // columns)
-    height = rows * (width / columns + 0.25) + 0.6
+    height = rows * (width / columns + 0.25) + 1.0
     figure = Figure(figsize=(width, height), dpi=DPI)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.1 / height, top=1 - 0.8 / height, wspace=0.08,
+    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.6 / height, top=1 - 0.8 / height, wspace=0.08,
                            hspace=0.16)
     low, high = min(np.nanmin(p.board) for p in panels), max(np.nanmax(p.board) for p in panels)
     for ax, panel in zip(axes, panels):
         draw_panel(ax, kind, panel, low, high)
     for ax in axes[len(panels):]:
         ax.set_axis_off()
+    handles = [Patch(facecolor=colour, edgecolor="grey", label=text) for colour, text in LEGEND[kind]]
+    if kind == "numbers":
+        handles.append(Patch(alpha=0, label=f"colours from {low:.3g} to {high:.3g}"))
     figure.suptitle(title, fontsize=14)
+    figure.legend(handles=handles, loc="lower center", ncols=6, frameon=False)
     return figure
 
 
@@ -192,7 +204,8 @@ def draw_steps(kind, path, thoughts):
     """PNG of one puzzle: the question, its answer after some steps, the target; returns its path."""
     last = len(thoughts.boards)
     panels = panels_of(thoughts, [s for s in (1, 2, 4, 8, 16) if s < last] + [last])
-    return save(draw_panels(kind, "The answer after some supervision steps", panels, 4), path)
+    columns = 3 if thoughts.label is None else 4
+    return save(draw_panels(kind, "The answer after some supervision steps", panels, columns), path)
 
 
 def animate(kind, path, thoughts):

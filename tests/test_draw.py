@@ -123,6 +123,8 @@ def test_a_maze_shows_its_colours_and_crosses():
     assert colours(figure.axes[2]) == [draw.COLOURS["maze"][token] for token in label]
     wrong = {divmod(int(cell), 8) for cell in np.flatnonzero(thoughts.wrong[0])}
     assert crosses(figure.axes[1]) == wrong and crosses(figure.axes[0]) == set()
+    legend = [text.get_text() for text in figure.legends[0].texts]
+    assert legend == ["wall", "open", "start", "goal", "path", "x: wrong cell"]
 
 
 def test_an_arc_grid_is_cut_to_what_is_used():
