@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import Parser, UserError, one_line, progress, sha256, within
-from prepare import recipe_flags
+from prepare import command, recipe_flags
 
 FEW = 50_000        # boards whose symmetric forms are compared, too, which takes some 30 us each
 
@@ -85,10 +85,13 @@ SAME = {"questions": "question", "puzzle": "question", "puzzles": "question", "q
 
 def tokens_of(question, answer, lengths, table):
     """Tokens (2 * S bytes) of two cells of a CSV. Raises ValueError unless both have S of `lengths`."""
-    S, other, text = len(question), len(answer), question + answer
+    # a space at an end of a maze is a free cell, unless it is one too many
+    boards = [cell if len(cell) in lengths else cell.strip() for cell in (question, answer)]
+    S, other = map(len, boards)
     if S != other or S not in lengths:
         some = ", ".join(map(str, sorted(lengths)[:3]))
         raise ValueError(f"boards of {S} and {other} characters; need {some}{' ..' * (len(lengths) > 3)}")
+    text = "".join(boards)
     tokens = text.encode("latin-1", "replace").translate(table)
     if 0 in tokens:
         raise ValueError(f"character {text[tokens.index(0)]!r} stands for nothing")
@@ -100,8 +103,8 @@ def csv_rows(f, game, lengths, min_difficulty):
     enough. lengths: numbers of cells that a board may have. Raises UserError."""
     first = next((line for line in f if line.strip()), "")
     f.seek(0)
-    strip = " " not in game.alphabet        # as a free cell of a maze is
-    reader = csv.reader(f, delimiter=max(",;\t", key=first.count), skipinitialspace=strip)
+    skip = " " not in game.alphabet         # as a free cell of a maze is
+    reader = csv.reader(f, delimiter=max(",;\t", key=first.count), skipinitialspace=skip)
     rows = (row for row in reader if "".join(row).strip())
     names = [name.strip().lower() for name in next(rows, [])]
     names = [SAME.get(name, name) for name in names]
@@ -115,7 +118,6 @@ def csv_rows(f, game, lengths, min_difficulty):
         try:
             if len(row) != len(names):
                 raise ValueError(f"{len(row)} columns; need {len(names)}, as in the first line")
-            row = [cell.strip() for cell in row] if strip else row
             tokens = tokens_of(row[question], row[answer], lengths, table)
             easy = rating and float(row[rating[0]]) < min_difficulty
         except ValueError as e:
@@ -143,7 +145,8 @@ def read_csv(path, game, lengths, min_difficulty):
                 raise bad_row(path, wrong, "the answer contradicts the question or breaks the rules")
             parts.append(boards)
     if not parts:
-        raise UserError(f"{path} has no boards to take; name another file, or a lower --min-difficulty")
+        limit = "" if min_difficulty is None else f" of --min-difficulty {min_difficulty} or more"
+        raise UserError(f"{path} has no boards{limit}; name another file or a lower limit")
     return np.concatenate(parts, axis=1)
 
 
@@ -161,9 +164,10 @@ def read_source(args, game):
             read.append(read_csv(path, game, lengths, args.min_difficulty))
             lengths = {read[0].shape[2]}        # the first file decides for the second
     except (OSError, csv.Error) as e:
+        own = {**vars(args), "builder": game.builder, "name": "", "source": "DIR", "output_dir": None}
         raise UserError(f"--source {args.source} cannot be read ({one_line(e)}); put train.csv and test.csv, "
-                        f"as in https://huggingface.co/datasets/{game.repo}, into a folder DIR, and run the "
-                        f"same command with --source DIR --output-dir {args.output_dir}")
+                        f"as in https://huggingface.co/datasets/{game.repo}, into a folder DIR, then: "
+                        f"{command(*recipe_flags(own), args.output_dir)}")
     return paths, read
 
 

@@ -10,6 +10,7 @@ padding). Equal seeds give the bytes of the published builder.
 """
 import sys
 from functools import cache
+from itertools import chain, islice
 from math import isqrt
 from pathlib import Path
 
@@ -93,9 +94,7 @@ def solve(board, size, order):
             taken[u] |= bit
 
     def search():
-        if not blanks:
-            return True
-        fewest = size + 1
+        fewest, free = size + 1, 0
         for i, c in enumerate(blanks):
             r, k, b = units_of[c]
             options = ~(taken[r] | taken[k] | taken[b]) & (1 << size) - 1
@@ -103,6 +102,8 @@ def solve(board, size, order):
                 fewest, at, free = options.bit_count(), i, options
                 if fewest < 2:
                     break
+        if fewest > size:
+            return True
         c = blanks.pop(at)
         for bit in order[c]:
             if bit & free:
@@ -163,6 +164,19 @@ def kinship(question, answer, size):
     return h.sum(1).reshape(question.shape[:-1])[()]
 
 
+def warn_of_several_solutions(puzzles, size):
+    """Say how many of the puzzles, a list of (question, answer), have more solutions than the answer."""
+    several, digits = 0, [1 << digit for digit in range(size)]
+    for puzzle in puzzles:
+        clues, only = ([1 << token >> 2 for token in board.tolist()] for board in puzzle)
+        # a search that tries the answer's digits last ends at another solution if there is one
+        order = [[bit for bit in digits if bit != last] + [last] for last in only]
+        several += solve(clues, size, order) != only
+    if several:
+        print(f"warning: {several} of the {len(puzzles)} puzzles that were looked at have several solutions; "
+              f"only the answer that is given counts as right", file=sys.stderr)
+
+
 # ---------------------------------------------------------------------------------------------
 # The command
 
@@ -187,6 +201,9 @@ def main(argv=None):
     args.output_dir = args.output_dir or f"data/sudoku-{name}"
     train, test, recipe = boards.load(args, GAME, lambda: make_puzzle(rng, args.size), rng)
     size = isqrt(test.shape[2])
+    if args.source != "generate":
+        puzzles = islice(chain(zip(*test), zip(*train)), 100)   # not more: a hard one takes 0.1 s
+        warn_of_several_solutions(list(puzzles), size)
     splits = {"train": augment(rng, train, size, num_aug), "test": test}
     write_dataset(args.output_dir, splits, size + 2, recipe, group_size=1 + num_aug,
                   train_dtype=np.int64 if size == 9 and num_aug else None)     # as published

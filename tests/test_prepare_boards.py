@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -343,6 +344,12 @@ def test_csv_of_mazes_that_begin_and_end_with_a_free_cell(header, row, tmp_path)
     assert pairs_read(maze, table(pairs, header, row).encode(), tmp_path) == sorted(pairs)
 
 
+def test_spaces_around_a_maze(tmp_path):
+    pairs = golden_pairs("maze/train")[:3]
+    content = table(pairs, "question, answer", " {q} , {a}  ")
+    assert pairs_read(maze, content.encode(), tmp_path) == sorted(pairs)
+
+
 def test_ratings_under_another_name(tmp_path):
     """Decimal ratings, in a column called difficulty, and not the fourth."""
     pairs, file = golden_pairs("sudoku/train")[:6], tmp_path / "boards.csv"
@@ -391,6 +398,18 @@ def test_overlap_of_mazes_is_said(mazes, boards_of, tmp_path, capsys):
     boards_of("train.csv", train, MAZE_CHARS)
     boards_of("test.csv", np.concatenate([test, train[:, 7:9], turned], axis=1), MAZE_CHARS)
     assert "5 of 25 test boards also stand in the training split (2 as" in warnings(maze, tmp_path, capsys)[0]
+
+
+@pytest.mark.parametrize("size", [4, 6])
+def test_several_solutions_are_counted(puzzles, boards_of, tmp_path, capsys, size):
+    questions, answers = puzzles[size]["train"][:, :12].copy()
+    for q in questions[::2]:
+        q[np.flatnonzero(q > 1)[:2]] = 1        # no clue was to spare
+    assert sum(count_solutions(q, size) > 1 for q in questions) == 6
+    boards_of("train.csv", np.stack([questions, answers]))
+    boards_of("test.csv", puzzles[size]["test"][:, :3])
+    err = warnings(sudoku, tmp_path, capsys)
+    assert "warning: 6 of the 15 puzzles that were looked at have several solutions" in err[-1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -462,7 +481,7 @@ def test_bad_csv(text, words, tmp_path, capsys):
     (sudoku, "--source {}/none", "none/train.csv'); put train.csv and test.csv, as in https:"),
     (sudoku, "--source {}/none.csv", "cannot be read ([Errno 2] No such file or directory: "),
     (sudoku, "--source {} --subsample-size 3", "--subsample-size 3 is more than the 2 training boards"),
-    (sudoku, "--source {} --min-difficulty 9", "train.csv has no boards to take"),
+    (sudoku, "--source {} --min-difficulty 9", "train.csv has no boards of --min-difficulty 9 or more"),
     (sudoku, "--source {}/rated.csv --min-difficulty 9",
      "line 2: could not convert string to float: 'hard'; correct or remove the row"),
     (sudoku, "--source {}/train.csv --num-test 2", "has 2 boards, all of them for --num-test 2"),
@@ -490,15 +509,21 @@ def test_bad_flags(builder, flags, words, tmp_path, capsys):
     assert words in refused(builder, flags.format(tmp_path).split(), tmp_path, capsys)
 
 
-def test_no_network(tmp_path):
-    """One line that says which files to fetch, where to put them, and how to go on."""
+def test_no_network(source, tmp_path):
+    """One line that says which files to fetch, where to put them, and the whole command after that."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    argv = [sys.executable, ROOT / "prepare/sudoku.py", "--subsample-size", "20"]
+    argv = [sys.executable, ROOT / "prepare/sudoku.py", "--subsample-size", "20", "--min-difficulty", "1"]
     r = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert r.returncode == 2 and r.stderr.count("\n") == 1 and not (tmp_path / "data").exists(), r.stderr
-    assert r.stderr.startswith("error: --source hf cannot be read (") and r.stderr.endswith(
-        "put train.csv and test.csv, as in https://huggingface.co/datasets/sapientinc/sudoku-extreme, into a "
-        "folder DIR, and run the same command with --source DIR --output-dir data/sudoku-extreme-20-aug-0\n")
+    fetch, then = r.stderr.split(" into a folder DIR, then: ")
+    assert fetch.startswith("error: --source hf cannot be read (") and fetch.endswith(
+        "put train.csv and test.csv, as in https://huggingface.co/datasets/sapientinc/sudoku-extreme,")
+    python, script, *argv = shlex.split(then)
+    assert (python, Path(script)) == ("python", ROOT / "prepare/sudoku.py")
+    assert argv == ["--source", "DIR", "--subsample-size", "20", "--min-difficulty", "1", "--output-dir",
+                    "data/sudoku-extreme-20-aug-0"]
+    build(sudoku, tmp_path / "d", *argv[:-2], "--source", source / "sudoku")
+    assert load(tmp_path / "d").shape == (2, 20, 81)
 
 
 @pytest.mark.parametrize("builder, argv", [
