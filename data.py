@@ -324,6 +324,14 @@ def windows(inputs, labels, side, place=None):
     return cut
 
 
+def on_the_board(tokens, board):
+    """Windows (N, side * side) in the upper left corners of empty boards (N, board * board)."""
+    n, side = len(tokens), isqrt(tokens.shape[1])
+    whole = np.zeros((n, board, board), tokens.dtype)
+    whole[:, :side, :side] = tokens.reshape(n, side, side)
+    return whole.reshape(n, board * board)
+
+
 def put_on_canvases(train, test, canvases):
     """Give every task of both Splits the smallest of the canvases (their sides) that holds all grids it is
     trained on and its test inputs, with their end lines; the largest canvas need not hold those. All

@@ -28,7 +28,7 @@ import hub
 import prepare
 from common import Parser, UserError, cli, compiler_lacks, one_line, progress, start_world, \
     within, write, write_json
-from data import Split, dihedral, prefetch, put_on_canvases
+from data import Split, dihedral, on_the_board, prefetch, put_on_canvases
 from model import IGNORE, TRM, Batch, build, compile_model, metric_names, row_scores
 from prepare import sudoku
 from results import compare, intervals, table
@@ -161,22 +161,20 @@ def score(model, split, world, batch_size, examples, effort=PLAIN, quiet=False):
     with progress(quiet=quiet or world.rank > 0, total=total, desc="evaluating", unit="row") as bar:
         for side, batches in work:
             for part in run(model, split, side, batches, batch_size, effort):
-                parts.append(on_the_board(split, side, part))
+                parts.append(whole_scores(split, side, part))
                 bar.update(len(part.examples))
     return joined(parts)
 
 
-def on_the_board(split, side, part):
+def whole_scores(split, side, part):
     """The Scores of windows as those of whole boards: a prediction stands in the upper left corner of an
     empty one, and an answer that its window cuts is wrong."""
-    n, cells = len(part.examples), split.meta["seq_len"]
+    cells = split.meta["seq_len"]
     if side in (0, isqrt(cells)):
         return part
-    preds = np.zeros((n, isqrt(cells), isqrt(cells)), part.preds.dtype)
-    preds[:, :side, :side] = part.preds.reshape(n, side, side)
     (_, whole, _), (_, window, _) = split.gather(part.examples), split.gather(part.examples, side=side)
     fits = (whole > 1).sum(1) == (window > 1).sum(1)        # all its colours are there
-    return part._replace(preds=preds.reshape(n, cells), fits=fits, right=part.right & fits,
+    return part._replace(preds=on_the_board(part.preds, isqrt(cells)), fits=fits, right=part.right & fits,
                          history=part.history & fits[:, None])
 
 

@@ -47,8 +47,8 @@ class Config:
     mixer: str = option("attn", "what mixes the positions", choices=["attn", "mlp"])
     attention: str = option("flex", "on a GPU: FlexAttention or SDPA", choices=["flex", "sdpa"])
     pos_encodings: str = option("rope", "of positions; rope needs attn", choices=["rope", "learned", "none"])
-    score_mod: str = option("none", "of attention scores; sudoku knows rows, columns, boxes",
-                            choices=["none", "sudoku"])
+    score_mod: str = option("none", "of attention scores, see SCORE_MODS",
+                            choices=["none", "sudoku", "grid"])
     hidden_size: int = option(512, "D", type=within(int, 1))
     num_heads: int = option(8, "of attention", type=within(int, 1))
     num_layers: int = option(2, "blocks of the net", type=within(int, 1))
@@ -73,9 +73,12 @@ class Config:
             raise UserError(f"--puzzle-emb-ndim {self.puzzle_emb_ndim} is wider than --puzzle-emb-len "
                             f"{self.puzzle_emb_len} x --hidden-size {self.hidden_size}; lower it to "
                             f"{self.puzzle_emb_len * self.hidden_size}")
-        if self.score_mod == "sudoku" and (self.mixer != "attn" or self.seq_len not in (16, 36, 81)):
-            raise UserError(f"--score-mod sudoku needs --mixer attn and boards of 4x4, 6x6 or 9x9; this is "
-                            f"{self.mixer} with {self.seq_len} cells: leave it out")
+        square = math.isqrt(self.seq_len) ** 2 == self.seq_len
+        fits = {"none": True, "sudoku": self.seq_len in (16, 36, 81), "grid": square}
+        if not fits[self.score_mod] or self.score_mod != "none" and self.mixer != "attn":
+            raise UserError(f"--score-mod {self.score_mod} needs --mixer attn and boards of 4x4, 6x6 or 9x9 "
+                            f"(sudoku) or squares (grid); this is {self.mixer} with {self.seq_len} cells: "
+                            f"leave it out")
 
     @property
     def length(self):
@@ -185,7 +188,22 @@ def sudoku_score_mod(cfg):
     return score_mod
 
 
-SCORE_MODS = {"none": lambda cfg: None, "sudoku": sudoku_score_mod}  # your own: here and in Config's choices
+def grid_score_mod(cfg):
+    """Four of every five heads see one cell only: the one above, below, left or right (at an edge: itself);
+    the fifth sees all, and so do the puzzle positions."""
+    size, P = math.isqrt(cfg.seq_len), cfg.puzzle_emb_len
+
+    def score_mod(score, b, h, i, j):
+        row, col, kind = (i - P) // size, (i - P) % size, h % 5
+        row = row - ((kind == 0) & (row > 0)).int() + ((kind == 1) & (row < size - 1)).int()
+        col = col - ((kind == 2) & (col > 0)).int() + ((kind == 3) & (col < size - 1)).int()
+        seen = (kind == 4) | (i < P) | (j == P + row * size + col)
+        return torch.where(seen, score, -1e4)
+    return score_mod
+
+
+# your own: here and in Config's choices
+SCORE_MODS = {"none": lambda cfg: None, "sudoku": sudoku_score_mod, "grid": grid_score_mod}
 
 
 def attend(q, k, v, score_mod=None, flex=True):

@@ -16,8 +16,11 @@ from optim import schedule
 
 
 def refuse_a_cpu(name, cfg, steps, rows, device):
-    """Raise a UserError that says what a run of `steps` steps of `rows` rows would take here."""
+    """Raise a UserError that says what a run of `steps` steps of `rows` rows would take here, if it is more
+    than a day."""
     seconds = rows * flops(cfg).step / matmul_peak(device, getattr(torch, cfg.dtype))
+    if seconds * steps < 86400:
+        return
     raise UserError(f"no GPU here: {name} takes {steps:,} steps of at least {seconds:.0f} s on this CPU, "
                     f"{seconds * steps / 86400:,.0f} days; add --allow-cpu to do it all the same, or try "
                     f"--preset mini")

@@ -1,5 +1,6 @@
 """Solve one puzzle and look at it: a Sudoku, a maze or an ARC task.
 
+    python solve.py --checkpoint RUN         the first puzzle of its test split
     python solve.py --checkpoint RUN "1.3.5..."
     python solve.py --hf alphaXiv/trm-model-maze maze.txt --gif thinking.gif
     python solve.py --checkpoint RUN task.json --augment 8 --adapt 200
@@ -24,10 +25,11 @@ import torch
 import draw
 import train
 from common import Parser, UserError, World, cli, progress, start_world, within
+from data import on_the_board, windows
 from eval import checkpoint_flags, open_model, thoughts
 from model import IGNORE, Batch
 from prepare import arc, maze, sudoku
-from vote import grid_key
+from vote import grid_key, test_puzzles
 
 ADAPT_ROWS = 32     # of a batch of test-time training
 
@@ -137,9 +139,9 @@ def solve_board(model, kind, question, steps):
 # ---------------------------------------------------------------------------------------------
 # ARC tasks
 
-def adapt(model, examples, augs, n_steps):
+def adapt(model, examples, augs, n_steps, side):
     """Train the rows of the puzzle table, one for each of augs, on the demonstrations of an ARC task in all
-    its copies; returns the model."""
+    its copies, on a canvas; returns the model."""
     flags = (f"--global-batch-size {ADAPT_ROWS} --halt-max-steps {model.cfg.halt_max_steps} --ema 0 "
              f"--freeze-weights")
     cfg, world = replace(model.cfg, num_puzzles=len(augs)), World(0, 1, model.y0.device)
@@ -151,13 +153,14 @@ def adapt(model, examples, augs, n_steps):
     ids = np.arange(len(augs), dtype=np.int32).repeat(len(examples))
     no_minimum = np.zeros(ADAPT_ROWS, np.int32)     # no exploration
     for _ in progress(range(n_steps), desc="adapting", unit="step"):
-        i = rng.randint(len(ids), size=ADAPT_ROWS)
-        train.backward(run, [Batch(*map(torch.from_numpy, (inputs[i], labels[i], ids[i], no_minimum)))])
+        i, place = rng.randint(len(ids), size=ADAPT_ROWS), rng.rand(ADAPT_ROWS, 2)
+        arrays = *windows(inputs[i], labels[i], side, place), ids[i], no_minimum
+        train.backward(run, [Batch(*map(torch.from_numpy, arrays))])
         train.update(run, 1.0)
     return run.model.eval()
 
 
-def copies_of(opened, task_id, examples, args):
+def copies_of(opened, task_id, examples, args, side):
     """(model, rows of its puzzle table, augmentations) of the copies that vote: the task's own rows or, when
     it has none or with --adapt, new ones that begin as the mean row."""
     model, names = opened.model, opened.split.names if opened.split else []
@@ -167,26 +170,50 @@ def copies_of(opened, task_id, examples, args):
     augs = arc.augmentations(examples, args.augment, np.random.RandomState(0))
     model.puzzle_emb = model.puzzle_emb.mean(0).repeat(len(augs), 1)
     if args.adapt:
-        model = adapt(model, examples, augs, args.adapt)
+        model = adapt(model, examples, augs, args.adapt, side)
     else:
         print(f"{task_id} has no row in the checkpoint's table, or its dataset is not here to tell.\n"
               f"Answering from the mean row; --adapt N trains one.\n")
     return model, list(range(len(augs))), augs
 
 
-def solve_task(opened, task, args, steps):
+def name_of(puzzle):
+    return Path(puzzle).stem if os.path.exists(puzzle) else "the task"
+
+
+def first_task(opened):
+    """(id, task) of the first of test_puzzles.json. Raises UserError."""
+    return next(iter(test_puzzles(opened.split).items()))
+
+
+def canvas_of(opened, task):
+    """Side of the canvas that a task lies on, as data.put_on_canvases has it; 30 without canvases. Raises
+    UserError."""
+    canvases = sorted(opened.content.get("settings", {}).get("canvases") or [arc.SIDE])
+    grids = [e["output"] for e in task["train"]]
+    grids += [e["input"] for e in (*task["train"], *task["test"])]
+    largest = max(max(len(grid), len(grid[0])) for grid in grids)
+    if largest > canvases[-1]:
+        raise UserError(f"a grid of the task is {largest} cells long, the largest canvas of the checkpoint "
+                        f"{canvases[-1]}; take another checkpoint")
+    return next((side for side in canvases if side > largest), canvases[-1])
+
+
+def solve_task(opened, task_id, task, args, steps):
     """Answer every test input of an ARC task by the vote of its copies: (False when a known output is missed,
     draw.Thoughts of the first input)."""
     examples = [tuple(np.array(e[part], np.uint8) for part in ("input", "output")) for e in task["train"]]
-    task_id = Path(args.puzzle).stem if os.path.exists(args.puzzle) else "the task"
-    model, rows, augs = copies_of(opened, task_id, examples, args)
+    side = canvas_of(opened, task)
+    model, rows, augs = copies_of(opened, task_id, examples, args, side)
     verdicts, seen = [], []
     for number, example in enumerate(task["test"]):
         given = np.array(example["input"], np.uint8)
         target = example.get("output") and np.array(example["output"], np.uint8)
         inputs = np.stack([arc.encode(arc.augment(given, *aug)) for aug in augs]).astype(np.int32)
-        boards, q = thoughts(model, inputs, rows, steps)                        # (steps, copies, 900)
-        answers = [arc.undo(arc.decode(board), *aug) for board, aug in zip(boards[-1], augs)]
+        inputs, _ = windows(inputs, inputs, side)
+        boards, q = thoughts(model, inputs, rows, steps)                # (steps, copies, side * side)
+        whole = on_the_board(boards[-1], arc.SIDE)
+        answers = [arc.undo(arc.decode(board), *aug) for board, aug in zip(whole, augs)]
         keys = [grid_key(answer) for answer in answers]
         ranks = [(keys.count(key), sure) for key, sure in zip(keys, q[-1])]     # most votes, then the surest
         best = ranks.index(max(ranks))
@@ -198,7 +225,8 @@ def solve_task(opened, task, args, steps):
             show("target", "arc", target)
             verdicts.append(keys[best] == grid_key(target))
             print("RIGHT" if verdicts[-1] else "WRONG", end=": ")
-            label = arc.encode(target).astype(np.int32)
+            board = arc.encode(target).astype(np.int32)[None]
+            label = windows(board, board, side)[0][0]
             wrong = (boards[:, 0] != label) & (label > 0)
         print(f"steps {steps}, q_halt {q[-1, best]:+.2f}, {ranks[best][0]} of {len(keys)} votes\n")
         seen.append(draw.Thoughts(inputs[0], boards[:, 0], wrong, q[:, 0], label))      # of the task as it is
@@ -226,8 +254,9 @@ def kind_of(opened, args):
 
 def flags():
     parser, count = Parser(__doc__), within(int, 1)
-    parser.usage = "%(prog)s [flags] PUZZLE"
-    parser.add_argument("puzzle", metavar="PUZZLE", help="text, a file, or - for stdin")
+    parser.usage = "%(prog)s [flags] [PUZZLE]"
+    parser.add_argument("puzzle", nargs="?", metavar="PUZZLE",
+                        help="text, a file, or - for stdin; default: of the test split")
     checkpoint_flags(parser.add_argument_group("what").add_argument)
     add = parser.add_argument_group("the puzzle").add_argument
     add("--task", choices=["sudoku", "maze", "arc"], help="when the checkpoint does not say it")
@@ -241,14 +270,16 @@ def flags():
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    text = read_text(args.puzzle)
-    opened = open_model(args, start_world(args.device, 7200), needs_data=False)
+    text = None if args.puzzle is None else read_text(args.puzzle)
+    opened = open_model(args, start_world(args.device, 7200), needs_data=text is None)
     kind, cfg = kind_of(opened, args), opened.model.cfg
     side, steps = isqrt(cfg.seq_len), args.steps or cfg.halt_max_steps
     if kind == "arc":
-        right, seen = solve_task(opened, read_task(text), args, steps)
+        task_id, task = first_task(opened) if text is None else (name_of(args.puzzle), read_task(text))
+        right, seen = solve_task(opened, task_id, task, args, steps)
     else:
-        question = read_sudoku(text, side) if kind == "sudoku" else read_maze(text, side)
+        read = read_sudoku if kind == "sudoku" else read_maze
+        question = opened.split.gather(np.zeros(1, int))[0][0] if text is None else read(text, side)
         right, seen = solve_board(opened.model, kind, question, steps)
     for picture, path in ((draw.draw_steps, args.png), (draw.animate, args.gif)):
         if path:

@@ -2,6 +2,9 @@
 # From an empty machine to a measured score.   ./speedrun.sh [JOB] [flags]
 #
 #   mini         the default: 6x6 Sudoku, generated and learned here in minutes
+#   mini-maze    9x9 mazes, likewise; one of them is solved before your eyes
+#   mini-arc     6x6 tasks of ARC-AGI-1, downloaded or from --source DIR
+#   minis        these three one after the other, and a table
 #   sudoku       Sudoku-Extreme, MLP mixer; sudoku-att: the same with attention
 #   maze         30x30 mazes
 #   arc1, arc2   ARC-AGI-1, ARC-AGI-2; all: these five one after the other
@@ -10,7 +13,7 @@
 #   test, setup  the tests; only the Python environment .venv
 #
 # A job sets up what is missing, builds its dataset under data/, trains on all
-# GPUs and evaluates; the score is the RESULT line. mini trains anew every time;
+# GPUs and evaluates; the score is the RESULT line. minis train anew every time;
 # the others go to runs/speedrun-JOB: a stopped run goes on from its checkpoint,
 # a finished one is not repeated. One GPU: batch 768 and learning rate 1e-4.
 # Flags go to train.py (test: pytest) and win. Commands are printed after a "+".
@@ -74,17 +77,42 @@ big() {  # big PRESET [flags]
   stage "training of $preset" on_all_gpus train.py "$@"
 }
 
+small() {  # small PRESET [--source DIR] [flags]: on a CPU, anew each time; sets folder, that of the run
+  local preset=$1 from=; shift
+  [ "${1:-}" != --source ] || { from="--source=${2:?}"; shift 2; }
+  [ "$preset" != mini-arc ] || stage "dataset of $preset" run "$PY" -m prepare mini-arc mini-arc-tune $from
+  folder=runs/$preset-$(date +%Y%m%d-%H%M%S)
+  [[ " $* " = *" --run-dir "* ]] || set -- --run-dir "$folder" "$@"
+  set -- --preset "$preset" "$@"
+  stage "training of $preset" run "$PY" train.py "$@"
+  while [ $# -gt 0 ]; do [ "$1" != --run-dir ] || folder=$2; shift; done
+  [ "$preset" != mini-maze ] || run "$PY" solve.py --checkpoint "$folder"
+  [ "$preset" != mini-arc ] ||
+    run "$PY" baselines.py data/arc-6x6-mini data/arc-6x6-mini-tune --checkpoint "$folder"
+}
+
+minis() {  # minis [--source DIR] [flags]
+  local preset folders=() from=()
+  [ "${1:-}" != --source ] || { from=(--source "${2:?}"); shift 2; }
+  small mini "$@"; folders+=("$folder")
+  small mini-maze "$@"; folders+=("$folder")
+  small mini-arc ${from[@]+"${from[@]}"} "$@"; folders+=("$folder")
+  run "$PY" results.py "${folders[@]}"
+}
+
 main() {
-  local preset job=${1:-mini} jobs="mini test gpu-check sudoku sudoku-att maze arc1 arc1-fast arc2 arc2-fast all setup"
+  local preset job=${1:-mini} jobs="mini mini-maze mini-arc minis test gpu-check sudoku sudoku-att maze arc1
+    arc1-fast arc2 arc2-fast all setup"
   [ $# = 0 ] || shift
   case $job in -h | --help) usage; return ;; esac
-  [[ " $jobs " = *" $job "* ]] || die "unknown job '$job'; one of: $jobs"
+  [[ " $(echo $jobs) " = *" $job "* ]] || die "unknown job '$job'; one of:" $jobs
   stage setup setup
   case $job in
     setup) ;;
     test) stage test run "$PY" -m pytest -q tests "$@" ;;
     gpu-check) stage gpu-check run "$PY" gpu_check.py "$@" ;;
-    mini) stage mini run "$PY" train.py --preset mini "$@" ;;
+    mini | mini-maze | mini-arc) small "$job" "$@" ;;
+    minis) minis "$@" ;;
     all) count_gpus; for preset in sudoku sudoku-att maze arc1 arc2; do big "$preset" "$@"; done ;;
     *) count_gpus; big "$job" "$@" ;;
   esac

@@ -49,6 +49,11 @@ PRESETS = {
                  global_batch_size=64, lr=8e-3, puzzle_emb_lr=4e-3, lr_warmup_steps=100, lr_min_ratio=0.0,
                  weight_decay=0.5, puzzle_emb_weight_decay=0.5, ema=0.99, ema_warmup=True,
                  train_max_steps=[2, 6], epochs=64, eval_interval=16),
+    "mini-maze": dict(data=[prepare.KNOWN["mini-maze"].folder], score_mod="grid", pos_encodings="none",
+                      hidden_size=64, num_heads=8, H_cycles=1, L_cycles=2, puzzle_emb_len=1,
+                      puzzle_emb_ndim=64, loss="softmax", dtype="auto", global_batch_size=64, lr=4e-3,
+                      puzzle_emb_lr=4e-3, lr_warmup_steps=100, lr_min_ratio=0.0, ema=0.99, ema_warmup=True,
+                      train_max_steps=[2, 6], epochs=2, eval_interval=1),
     "mini-arc": dict(data=[prepare.KNOWN["mini-arc-tune"].folder], canvases=[6], hidden_size=64, num_heads=2,
                      num_layers=1, H_cycles=1, L_cycles=1, halt_max_steps=2, puzzle_emb_len=1,
                      puzzle_emb_ndim=64, loss="softmax", dtype="float32", global_batch_size=32, lr=4e-3,
@@ -173,8 +178,9 @@ def check(args, base, world):
         near = max(parts, G // parts * parts)
         ranks = f"{world.size} ranks" + (f" x {args.grad_accum} parts" if parts > world.size else "")
         raise UserError(f"--global-batch-size {G} is not a multiple of {ranks}; use {near} or {near + parts}")
-    if args.canvases and args.mixer == "mlp":
-        raise UserError("--canvases need --mixer attn: an MLP over positions knows one number of them")
+    if args.canvases and (args.mixer == "mlp" or args.score_mod != "none"):
+        raise UserError("--canvases need --mixer attn: an MLP over positions knows one number of them, and "
+                        "so does a --score-mod; leave it out")
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb needs the package wandb; pip install wandb, or leave the flag out")
     for name, useless, why in (

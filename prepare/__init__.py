@@ -47,6 +47,9 @@ KNOWN = {
     "maze": Dataset("data/maze-30x30-hard-1k", "maze", (), shape(6, 900)),
     "arc1": Dataset("data/arc1concept-aug-1000", "arc", (), shape(12, 900, 876_406, 960, 4.1458)),
     "arc2": Dataset("data/arc2concept-aug-1000", "arc", ARC2, shape(12, 900, 1_191_730, 1280, 4.354)),
+    "mini-maze": Dataset("data/maze-9x9-mini", "maze",
+                         ("--source", "generate", "--size", "9", "--loops", "0", "--num-train", "20000"),
+                         shape(6, 81, groups=20_000)),
     "mini-arc": Dataset("data/arc-6x6-mini", "arc", (*MINI_ARC, "--half", "report"), MINI_ARC_SHAPE),
     "mini-arc-tune": Dataset("data/arc-6x6-mini-tune", "arc", (*MINI_ARC, "--half", "tune"), MINI_ARC_SHAPE),
 }

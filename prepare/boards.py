@@ -204,7 +204,7 @@ def load(args, game, make, rng):
     paths = []
     if args.source != "generate":
         _, typed = recipe_flags({**vars(args), "builder": game.builder, "name": ""})
-        for flag in {"--num-train", "--size", "--min-path"}.intersection(typed):
+        for flag in {"--num-train", "--size", "--min-path", "--loops"}.intersection(typed):
             raise UserError(f"{flag} does nothing without --source generate; leave it out, or generate")
         paths, read = read_source(args, game)
         train, test = read if len(read) == 2 else hold_out(read[0], args.num_test, rng)

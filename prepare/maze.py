@@ -61,9 +61,9 @@ def kinship(questions, answers, size):
 # ---------------------------------------------------------------------------------------------
 # Generating
 
-def carve(rng, size):
-    """(size, size) bool, True for walls: rooms at odd coordinates, joined by a depth-first walk, then one
-    inner wall in fifty opened, which makes loops."""
+def carve(rng, size, loops):
+    """(size, size) bool, True for walls: rooms at odd coordinates, joined by a depth-first walk, then a share
+    `loops` of the inner walls opened."""
     wall = np.ones((size, size), bool)
     wall[1, 1], walk = False, [(1, 1)]
     while walk:
@@ -76,7 +76,7 @@ def carve(rng, size):
             walk.append((r + 2 * dr, c + 2 * dc))
         else:
             walk.pop()
-    wall[1:-1, 1:-1] &= rng.rand(size - 2, size - 2) >= 0.02
+    wall[1:-1, 1:-1] &= rng.rand(size - 2, size - 2) >= loops
     return wall
 
 
@@ -96,11 +96,11 @@ def explore(wall, start):
     return steps, ways
 
 
-def make_maze(rng, size, min_path):
+def make_maze(rng, size, min_path, loops=0.02):
     """A random maze with one shortest path from S to G, of min_path steps or more: question, answer and
     kinship. Raises UserError."""
     for _ in range(200):
-        wall = carve(rng, size)
+        wall = carve(rng, size, loops)
         free = np.argwhere(~wall).tolist()
         start = tuple(free[rng.randint(len(free))])
         steps, ways = explore(wall, start)
@@ -133,6 +133,8 @@ def flags():
     add("--size", type=within(int, SIZES[0], SIZES[-1]), default=30, metavar="N", help="of generated mazes")
     add("--min-path", type=within(int, 1, 10 ** 4), metavar="N",
         help="least steps of generated paths; without, size * size / 8, at most 4 * size")
+    add("--loops", type=within(float, 0, 1), default=0.02, metavar="X",
+        help="share of inner walls opened; 0: one way only, and no shorter one to be found")
     add("--aug", action="store_true", help="training mazes in all eight turned and mirrored forms")
     return parser
 
@@ -142,7 +144,8 @@ def main(argv=None):
     rng = np.random.RandomState(args.seed)
     args.output_dir = args.output_dir or f"data/maze-{boards.source_name(args, GAME)}"
     min_path = args.min_path or min(args.size ** 2 // 8, 4 * args.size)
-    train, test, recipe = boards.load(args, GAME, lambda: make_maze(rng, args.size, min_path), rng)
+    make = partial(make_maze, rng, args.size, min_path, args.loops)
+    train, test, recipe = boards.load(args, GAME, make, rng)
     if args.aug:
         size = isqrt(test.shape[2])
         grids = train.reshape(2, -1, size, size)

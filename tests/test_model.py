@@ -398,7 +398,7 @@ def test_tiny_model_learns_eight_puzzles():
 
 @pytest.mark.parametrize("change, message", [
     (dict(score_mod="sudoku", seq_len=10),
-     "--score-mod sudoku needs --mixer attn and boards of 4x4, 6x6 or 9x9; this is attn with 10 cells"),
+     "--score-mod sudoku needs --mixer attn and boards of 4x4, 6x6 or 9x9"),
     (dict(score_mod="sudoku", seq_len=25), "this is attn with 25 cells"),   # a square, but it has no boxes
     (dict(score_mod="sudoku", mixer="mlp", pos_encodings="none"), "this is mlp with 16 cells: leave it out"),
     (dict(num_heads=3), "--hidden-size 32 does not give 3 heads of even width; use a multiple of 6"),

@@ -1,5 +1,6 @@
 """The shell scripts, run in a copy of the repository whose Python, uv and GPUs are stubs."""
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -104,7 +105,7 @@ def test_unknown_job(copy, command):
 def test_jobs_are_presets_with_a_dataset():
     from prepare import KNOWN
     from train import PRESETS
-    assert set(PRESETS) == {"mini", *BIG}
+    assert set(PRESETS) == {"mini", "mini-maze", "mini-arc", *BIG}
     assert {job.rpartition("-")[0] or job for job in BIG} <= set(KNOWN)
 
 
@@ -161,12 +162,36 @@ def test_no_uv(copy):
 # ---------------------------------------------------------------------------------------------
 # Jobs
 
-def test_mini_is_the_default_and_flags_are_passed_on(copy):
-    for words, call in (([], "train.py --preset mini"),
-                        (["mini", "--seed", "3"], "train.py --preset mini --seed 3"),
-                        (["test", "-x"], "-m pytest -q tests -x")):
-        code, out = copy("./speedrun.sh", *words)
-        assert code == 0 and copy.calls == [call] and f"+ {copy.python} {call}\n" in out, out
+RUN = r"runs/\S+-\d{8}-\d{6}"
+
+
+BASELINES = f"baselines.py data/arc-6x6-mini data/arc-6x6-mini-tune --checkpoint {RUN}"
+
+
+def trains(preset, flags=""):
+    return f"train.py --preset {preset} --run-dir {RUN}{flags}"
+
+
+@pytest.mark.parametrize("words, calls", [
+    ([], [trains("mini")]),
+    (["mini", "--seed", "3"], [trains("mini", " --seed 3")]),
+    (["mini-maze", "--run-dir", "runs/a"],
+     ["train.py --preset mini-maze --run-dir runs/a", "solve.py --checkpoint runs/a"]),
+    (["mini-arc", "--source", "arc", "--seed", "1"],
+     ["-m prepare mini-arc mini-arc-tune --source=arc", trains("mini-arc", " --seed 1"),
+      BASELINES]),
+    (["minis", "--source", "arc", "--seed", "1"],
+     [trains("mini", " --seed 1"), trains("mini-maze", " --seed 1"),
+      f"solve.py --checkpoint {RUN}", "-m prepare mini-arc mini-arc-tune --source=arc",
+      trains("mini-arc", " --seed 1"),
+      BASELINES,
+      f"results.py {RUN} {RUN} {RUN}"]),
+    (["test", "-x"], ["-m pytest -q tests -x"])], ids=str)
+def test_small_jobs_and_flags_that_are_passed_on(copy, words, calls):
+    code, out = copy("./speedrun.sh", *words)
+    assert code == 0 and len(copy.calls) == len(calls), (out, copy.calls)
+    for made, wanted in zip(copy.calls, calls):
+        assert re.fullmatch(wanted, made) and f"+ {copy.python} {made}\n" in out, (made, wanted)
 
 
 @pytest.mark.parametrize("preset", BIG)
