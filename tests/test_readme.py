@@ -22,8 +22,8 @@ from model import TRM, Batch, Config
 from runs import ROOT, arc_dir, arc_model, go, save_run, sudoku_dir, without_curves
 
 DOCUMENTS = ("README.md", "REPORT.md")
-SCRIPTS = ("train.py", "eval.py", "solve.py", "draw.py", "hub.py", "bench.py", "prepare/sudoku.py",
-           "prepare/maze.py", "prepare/arc.py")
+SCRIPTS = ("train.py", "eval.py", "solve.py", "draw.py", "hub.py", "bench.py", "results.py", "baselines.py",
+           "prepare/sudoku.py", "prepare/maze.py", "prepare/arc.py")
 OTHERS = {"uv", "source", "pip", "git", "cd", "wandb"}      # commands that are not ours
 FOREIGN = {"--torch-backend", "--compile-bytecode", "--max-restarts", "--nproc_per_node", "--slow"}
 
@@ -164,7 +164,10 @@ def arguments_here(script, arguments, trained):
     if script == "bench.py":
         shutil.copytree(trained["arc"].parent / "built", args.votes)
         return arguments
-    if script == "draw.py":
+    if script == "baselines.py":
+        for folder in args.data:
+            shutil.copytree(trained["arc"].parent / "built", folder)
+    if script in ("draw.py", "results.py"):
         runs = args.runs
     elif script == "hub.py":
         runs = [args.run]
