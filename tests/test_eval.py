@@ -1,5 +1,6 @@
 """eval.py: scoring, compute at test time, results, which checkpoint fits which dataset."""
 import json
+import re
 from dataclasses import asdict, replace
 from statistics import NormalDist
 
@@ -527,3 +528,19 @@ def test_two_processes_give_the_figures_of_one(tmp_path, arc_dir):
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6) and two["about"]["device"] == "2 x cpu"
     assert (tmp_path / "one/submission.json").read_text() == (tmp_path / "two/submission.json").read_text()
+
+
+def test_a_table_of_runs_with_mean_and_spread(tmp_path, capsys):
+    for i, exact in enumerate((0.5, 0.7)):
+        line = f"RESULT preset=mini exact_acc={exact:.4f} n=9 steps=3 train_pflop=0.1 train_s=2.5 device=cpu"
+        (tmp_path / f"run{i}").mkdir()
+        records = [{"event": "start", "step": 0, "settings": {"seed": i}},
+                   {"event": "result", "step": 3, "line": line}]
+        (tmp_path / f"run{i}" / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert not results.main([str(tmp_path / f"run{i}") for i in range(2)])
+    out = capsys.readouterr().out
+    assert re.search(r"run1 +1 +exact_acc +0.7000 +3 +0.1 +2\n", out), out
+    assert out.endswith("mini: exact_acc 0.6000, standard deviation 0.1414, 2 runs\n"), out
+    assert max(map(len, out.splitlines())) <= 80
+    with pytest.raises(UserError, match="none has no RESULT in its log.jsonl"):
+        results.main([str(tmp_path / "none")])

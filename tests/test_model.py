@@ -12,7 +12,7 @@ import train
 from common import UserError
 from data import exploration
 from model import IGNORE, OVER_ALL_ROWS, TRM, Batch, Config, act_loss, attend, build, log_stablemax, \
-    metric_names, read_config, row_scores, sudoku_score_mod, swiglu_width, trunc_normal
+    grid_score_mod, metric_names, read_config, row_scores, sudoku_score_mod, swiglu_width, trunc_normal
 from optim import AdamATan2, schedule, sign_sgd
 from runs import ALONE
 
@@ -321,6 +321,25 @@ def test_flex_attention_gives_the_same_forward():
     with torch.no_grad():
         got = flex_attention(q, k, v, score_mod=mod)
         assert (got - attend(q, k, v, mod)).abs().max() < 1e-5
+
+
+def test_grid_score_mod_is_a_step_up_down_left_or_right():
+    """Of five heads four take the value of one neighbour, at an edge their own; the fifth is free. The puzzle
+    positions see all."""
+    cfg = tiny(seq_len=9, num_heads=5, hidden_size=80, score_mod="grid", puzzle_emb_len=2)
+    q, k, v = torch.randn(3, 1, 5, 11, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    got, free = attend(q, k, v, grid_score_mod(cfg)), attend(q, k, v)
+    for h, (down, right) in enumerate([(-1, 0), (1, 0), (0, -1), (0, 1)]):
+        for row in range(3):
+            for col in range(3):
+                near = min(max(row + down, 0), 2) * 3 + min(max(col + right, 0), 2)
+                cell = 2 + 3 * row + col
+                assert torch.allclose(got[0, h, cell], v[0, h, 2 + near], atol=1e-5), (h, row, col)
+    assert torch.allclose(got[:, 4], free[:, 4], atol=1e-5)
+    assert torch.allclose(got[:, :, :2], free[:, :, :2], atol=1e-5)
+    for bad in (dict(seq_len=10), dict(seq_len=9, mixer="mlp", pos_encodings="none")):
+        with pytest.raises(UserError, match="--score-mod grid needs --mixer attn and .* squares"):
+            tiny(score_mod="grid", **bad)
 
 
 @pytest.mark.parametrize("mixer", ["attn", "mlp"])

@@ -573,3 +573,15 @@ def test_a_folder_that_is_no_dataset_is_not_replaced(source, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("precious")
     assert "is no dataset" in refused(sudoku, ["--source", source / "sudoku"], tmp_path, capsys)
+
+
+def test_mazes_without_loops_have_one_way(tmp_path):
+    """As many free cells as ways between them, and one more; by default some have two ways."""
+    loops = []
+    for more in ([], ["--loops", "0"]):
+        build(maze, tmp_path / f"d{len(more)}", "--source", "generate", "--size", "11", "--num-train", "30",
+              "--num-test", "10", *more)
+        free = load(tmp_path / f"d{len(more)}")[0].reshape(-1, 11, 11) != maze.WALL
+        ways = (free[:, 1:] & free[:, :-1]).sum((1, 2)) + (free[:, :, 1:] & free[:, :, :-1]).sum((1, 2))
+        loops.append(ways - free.sum((1, 2)) + 1)
+    assert loops[0].any() and not loops[1].any(), loops

@@ -65,8 +65,9 @@ def oracle(monkeypatch):
 
 
 def go(run, puzzle, *flags, code=0, capsys=None):
-    """What solve.py prints."""
-    found = solve.main(["--checkpoint", str(run), "--device", "cpu", *map(str, flags), str(puzzle)])
+    """What solve.py prints; puzzle: None for none."""
+    argv = ["--checkpoint", str(run), "--device", "cpu", *map(str, flags)]
+    found = solve.main([*argv, *([] if puzzle is None else [str(puzzle)])])
     printed = capsys.readouterr().out
     assert found == code, printed
     assert max(map(len, printed.splitlines())) <= 80, printed
@@ -303,3 +304,35 @@ def test_adapting_trains_a_row(tmp_path, arc_split, capsys, monkeypatch):
     (json.dumps({**TASK, "test": [{"input": [[1]], "output": [[1], []]}]}), "output of test example 0 is")])
 def test_bad_tasks_are_one_line(arc_run, text, message):
     assert message in refused(arc_run, text)
+
+
+# ---------------------------------------------------------------------------------------------
+# Without a puzzle, and on canvases
+
+def test_without_a_puzzle_it_is_the_first_of_the_test_split(oracle, tmp_path, capsys):
+    write_dataset(tmp_path / "d", {"train": boards(4), "test": boards(4)}, 6, {"builder": "sudoku"})
+    run = save_run(tmp_path / "run", Split(tmp_path / "d", "test"), model_of())
+    first = Split(tmp_path / "d", "test").gather(np.zeros(1, int))[0][0]
+    capsys.readouterr()     # of the builder
+    assert go(run, None, capsys=capsys) == go(run, text_of(first), capsys=capsys)
+
+
+def test_a_task_is_solved_on_its_canvas(arc_split, tmp_path, monkeypatch, capsys):
+    """Grids of up to 4 cells and their end lines lie on 6 x 6, not on 30 x 30; training rows for it, too."""
+    run = save_run(tmp_path / "run", arc_split, arc_model(arc_split),
+                   settings={"preset": "mini-arc", "canvases": [6, 30]})
+    seen, think, gather = [], scoring.think, solve.windows
+    monkeypatch.setattr(scoring, "think",
+                        lambda model, x, *rest: seen.append(x.shape) or think(model, x, *rest))
+    monkeypatch.setattr(solve, "windows", lambda a, b, side, *place: seen.append((side, len(place)))
+                        or gather(a, b, side, *place))
+    argv = ["--checkpoint", str(run), "--device", "cpu", "--augment", "1", "--adapt", "1"]
+    solve.main(argv)
+    printed = capsys.readouterr().out
+    assert "answer" in printed and "target" in printed, printed
+    assert torch.Size([2, 36]) in seen and (6, 1) in seen, seen      # two copies; one step of training
+    large = {"input": np.ones((7, 7), int).tolist(), "output": [[1]]}
+    (tmp_path / "task.json").write_text(json.dumps({"train": [large], "test": [large]}))
+    save_run(tmp_path / "small", arc_split, arc_model(arc_split), settings={"preset": "x", "canvases": [6]})
+    with pytest.raises(UserError, match="a grid of the task is 7 cells long, the largest canvas .* 6; take"):
+        solve.main(["--checkpoint", str(tmp_path / "small"), str(tmp_path / "task.json")])
