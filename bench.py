@@ -151,7 +151,7 @@ def report(row):
 def flags():
     parser, number = Parser(__doc__), within(int, 1)
     add = parser.add_argument
-    add("--preset", choices=list(train.PRESETS), default="mini", help="a task of train.py")
+    add("--preset", choices=list(train.PRESETS), default="mini", metavar="NAME", help="a task of train.py")
     add("--votes", metavar="DATASET", help="folder of an ARC dataset: time the voting instead")
     add("--steps", type=number, default=5, metavar="N", help="rounds, of which the table has the median")
     add("--rows", type=number, metavar="N", help="of a rank; by default what fits a small GPU, or a CPU")

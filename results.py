@@ -1,4 +1,4 @@
-"""What evaluations measured: intervals, the printed table, whether one result is better than another.
+"""What evaluations measured: intervals, tables, whether one is better.
 
     python results.py runs/mini-*    what finished runs gave; mean and spread
 

@@ -81,7 +81,8 @@ def flags():
     parser = Parser(__doc__)
     onoff, count = argparse.BooleanOptionalAction, within(int, 1)
     add = parser.add_argument_group("what").add_argument
-    add("--preset", default="mini", choices=list(PRESETS), help="a task with its settings")
+    add("--preset", default="mini", choices=list(PRESETS), metavar="NAME",
+        help=f"a task with its settings: {', '.join(PRESETS)}")
     add("--data", nargs="+", metavar="DIR", help="dataset folders, joined; default: the preset's")
     add("--data-test", nargs="+", metavar="DIR", help="folders of the test split; default: as --data")
     add("--seq-len", type=count, metavar="N", help="windows of latent episodes; default: the longest")

@@ -151,7 +151,7 @@ def make_data(folder, boards):
             for i in range(8):
                 np.savez(latents / f"episode_{i:03}.npz", latents=rng.standard_normal((70, 2)))
     else:
-        shutil.copytree(boards, folder)
+        shutil.copytree(boards.parent / "built" if "arc" in folder else boards, folder)
 
 
 def arguments_here(script, arguments, trained):
@@ -197,7 +197,8 @@ def train_here(args, arguments, trained):
     if args.resume and args.resume != "newest":
         shutil.copytree(trained["sudoku"], args.resume)
     begins = not args.resume or args.run_dir
-    return [*arguments, *(TINY_RUN if begins else []), "--allow-cpu", *HERE]
+    few = ["--epochs", "8", "--eval-interval", "8"] if any("arc" in folder for folder in args.data) else []
+    return [*arguments, *([*TINY_RUN, *few] if begins else []), "--allow-cpu", *HERE]
 
 
 def solve_here(args, arguments, arc):
