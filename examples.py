@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError, one_line, read_json
+from common import UserError, read_json
 
 AGAIN = "build the dataset again"       # what helps against most of what can be wrong with a file
 IGNORED = -100      # a label of a batch that is not asked, whatever number stands on disk
@@ -52,8 +52,10 @@ def read_array(where, name):
         return read_npz(path.with_suffix(".npz"), name)
     try:
         return np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{path} not found; {AGAIN}") from None
     except (ValueError, EOFError, OSError) as e:
-        raise UserError(f"{path} cannot be read ({one_line(e)}); {AGAIN}") from None
+        raise UserError(f"{path} is truncated or no .npy file ({e}); {AGAIN}") from None
 
 
 def check_index(where, n, index, rows):
@@ -102,7 +104,9 @@ class Examples:
         """Tokens fit the vocabulary, numbers are finite, something is asked. Reads the whole split in parts
         of some MB; returns what was found. Raises UserError."""
         V, anything = self.meta["vocab_size"], False
-        rule = f"tokens inside 0..{V - 1}" if V else "finite numbers"
+        kind, rule, found = "numbers", "all must be finite", "numbers, all finite"
+        if V:
+            kind, rule, found = "tokens", f"vocab_size is {V}", f"tokens inside 0..{V - 1}"
         step = 1 + (1 << 20) // self.padding(1)[0].size
         for start in range(0, len(self), step):
             inputs, answers, asked = self.read(slice(start, start + step))
@@ -113,13 +117,14 @@ class Examples:
                 fit = (flat.min(1) >= 0) & (flat.max(1) < V) if V else np.isfinite(flat).all(1)
                 if not fit.all():
                     bad = fit.argmin()
-                    raise UserError(f"{self.where} {name}: {flat[bad].min()}..{flat[bad].max()} are no "
+                    raise UserError(f"{self.where} {name}: {kind} {flat[bad].min()}..{flat[bad].max()}, but "
                                     f"{rule}; mend example {start + bad} and those like it")
         # of Kaggle's hidden set the answers are unknown; ARC alone has this file
         hidden = self.where.name == "test" and self.where.with_name("test_puzzles.json").exists()
         if not anything and not hidden:
-            raise UserError(f"{self.where}: all answers are ignored, nothing is asked; {AGAIN}")
-        return f"{self.where}: {len(self):,} examples, {rule}"
+            last = list(self.fields)[-1]
+            raise UserError(f"{self.where} {last}: all are ignored, nothing is asked; {AGAIN}")
+        return f"{self.where}: {len(self):,} examples, {found}"
 
 
 class Episode(NamedTuple):
@@ -158,7 +163,8 @@ def find_episodes(folder):
             raise UserError(f"{file} has latents of shape {shape}, not (2 or more, {dim}) as the first; "
                             f"leave it out or write it again")
         mates = str([file.parent, about.get("set"), about["group"]]) if "group" in about else file
-        group, row = groups.setdefault(mates, len(groups)), about.get("puzzle_identifier")
+        group = groups.setdefault(mates, len(groups))
+        row = about.get("puzzle_identifier")
         episodes.append(Episode(file, *shape, group, next(unused) if row is None else row))
     return episodes
 

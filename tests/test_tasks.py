@@ -105,7 +105,7 @@ def test_noisy_linear_map(tmp_path, capsys):
     assert metrics["regression_loss"] < 0.03 and metrics["mae"] < 0.15, metrics     # 0.008; a constant: 3.5
     assert 0.5 < metrics["within_tolerance"] <= 1
     out = capsys.readouterr().out
-    assert "linear/train: 640 examples, finite numbers" in out and "RESULT" in out
+    assert "linear/train: 640 examples, numbers, all finite" in out and "RESULT" in out
 
 
 def test_rotating_latent(tmp_path, capsys):
@@ -190,16 +190,16 @@ BAD_NUMBERS = [
     (changed("target_mask", lambda a: a[:, :3]),
      r"all__target_mask is bool \(30, 3\), not bool \(30, 4\)"),
     (changed("target_mask", lambda a: a.astype(np.uint8)), "all__target_mask is uint8"),
-    (changed("target_mask", lambda a: a & False), "train: all answers are ignored, nothing is asked"),
-    (spoiled("targets", 17, np.nan), "train targets: nan..nan are no finite numbers; mend example 17"),
-    (spoiled("inputs", 5, np.inf), r"train inputs: .*\.\.inf are no .*; mend example 5"),
+    (changed("target_mask", lambda a: a & False), "target_mask: all are ignored, nothing is asked"),
+    (spoiled("targets", 17, np.nan), "train targets: numbers nan..nan, .* finite; mend example 17"),
+    (spoiled("inputs", 5, np.inf), r"train inputs: numbers .*\.\.inf, .*; mend example 5"),
     (changed("inputs", lambda a: a[..., :2]),
      r"all__inputs is float32 \(30, 4, 2\), not float32 \(30, 4, 3\)"),
     (changed("inputs", lambda a: a[0, 0, 0]), r"all__inputs is float32 \(\), not float32 \(1, 4, 3\)"),
     (changed("targets", lambda a: a.astype(int)), "all__targets is int64"),
     (changed("targets", lambda a: a[:20]), r"\(20, 4, 2\), not float32 \(30, 4, 2\)"),
     (changed("group_indices", lambda a: a[None]), "all__group_indices.npy does not rise from 0 to 30"),
-    (written("train/all__inputs.npy", b"\x93NUMPY"), "all__inputs.npy cannot be read"),
+    (written("train/all__inputs.npy", b"\x93NUMPY"), "all__inputs.npy is truncated"),
     (two_in_one, "all__inputs.npz holds no array named inputs, nor a single unnamed one")]
 BAD_EPISODES = [
     (latents(latents=np.zeros((5, 3))),
@@ -245,11 +245,11 @@ def test_write_dataset_refuses(tmp_path):
     (x, y, mask), boards = linear(np.random.default_rng(0), 30), np.ones((5, 9), np.uint8)
     for vocab_size, arrays, words in (
             (0, (x, y, mask[:, :2]), "train/all__target_mask is bool"),
-            (0, (x, y * np.nan, mask), "train targets: nan"),
+            (0, (x, y * np.nan, mask), "train targets: numbers nan"),
             (0, (x[:0], y[:0], mask[:0]), r"\(0, 4, 3\), not float32 \(1, 4, 3\)"),
             (4, (boards, boards[:, :8]), r"all__labels is uint8 \(5, 8\), not integers \(5, 9\)"),
-            (4, (boards, boards * 4), r"train labels: 4\.\.4 are no tokens inside 0\.\.3"),
-            (4, (boards, boards * 0), "train: all answers are ignored"),
+            (4, (boards, boards * 4), "train labels: tokens 4..4, but vocab_size is 4"),
+            (4, (boards, boards * 0), "train labels: all are ignored"),
             (4, (boards, boards / 2), "labels is float64")):
         with pytest.raises(UserError, match=refused(words)):
             data.write_dataset(tmp_path / "d", {"train": arrays, "test": arrays}, vocab_size)
@@ -317,7 +317,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     r = subprocess.run([sys.executable, "-c", program, tmp_path / "d"], cwd=ROOT, capture_output=True,
                        text=True)
     assert r.returncode == 0 and float(r.stdout.splitlines()[-1]) < 150, r.stdout + r.stderr
-    assert "1,000 examples, finite numbers" in r.stdout
+    assert "1,000 examples, numbers, all finite" in r.stdout
 
 
 # ---------------------------------------------------------------------------------------------
@@ -413,12 +413,12 @@ def test_hidden_answers(tmp_path):
     for split in ("train", "test"):
         labels = folder / split / "all__labels.npy"
         np.save(labels, np.load(labels) * 0)
-        with pytest.raises(UserError, match=refused(f"{split}: all answers are ignored")):
+        with pytest.raises(UserError, match=refused(f"{split} labels: all are ignored")):
             data.Split(folder, split).check()
     write_json(folder / "test_puzzles.json", {})
     assert "6 examples" in data.Split(folder, "test").check()[0]
     assert (data.Split(folder, "test").gather(np.arange(6))[1] == -100).all()
-    with pytest.raises(UserError, match=refused("train: all answers are ignored")):
+    with pytest.raises(UserError, match=refused("train labels: all are ignored")):
         data.Split(folder, "train").check()
 
 
