@@ -221,7 +221,10 @@ def open_data(args, world):
     for folder in args.data:
         dataset = prepare.known(folder)
         if dataset and world.device.type == "cpu" and not dataset.generated and not args.allow_cpu:
-            cfg, steps = config_of(args, dataset.shape), total_training_steps(args, dataset.shape)
+            shape, steps = dataset.shape, total_training_steps(args, dataset.shape)
+            if args.canvases:       # how many rows each has is not known before the data are: at least this
+                shape = {**shape, "seq_len": min(args.canvases) ** 2}
+            cfg = config_of(args, shape)
             sanity.refuse_a_cpu(args.preset, cfg, steps, args.global_batch_size, world.device)
         if dataset and dataset.generated:
             prepare.ensure(folder, world)
