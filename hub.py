@@ -17,18 +17,25 @@ from pathlib import Path
 
 import common  # noqa: F401  before torch, for a Ctrl-C while that is imported
 import torch
+import torch.distributed as dist
 import yaml  # huggingface_hub brings it
 
 from common import Parser, UserError, cli, one_line, read_json, write_json
 from model import Config, read_config
-from rundir import find_file, load_file, save_file
+from rundir import WRAPPERS, find_file, load_file, save_file
 
 KNOWN = {   # published weights: T, n, and the dataset by its name in prepare.KNOWN
     "alphaXiv/trm-model-sudoku": (3, 6, "sudoku"), "alphaXiv/trm-model-maze": (3, 4, "maze"),
     "alphaXiv/trm-model-arc-agi-1": (3, 4, "arc1"),
     "arcprize/trm_arc_prize_verification/arc_v1_public": (3, 4, "arc1"),
     "arcprize/trm_arc_prize_verification/arc_v2_public": (3, 4, "arc2"),
+    "Sanjin2024/TinyRecursiveModels-Sudoku-Extreme-mlp": (3, 6, "sudoku"),
+    "Sanjin2024/TinyRecursiveModels-Sudoku-Extreme-att": (3, 6, "sudoku"),
+    "Sanjin2024/TinyRecursiveModel-Maze-Hard": (3, 4, "maze"),
+    "Sanjin2024/TinyRecursiveModels-ARC-AGI-1": (3, 4, "arc1"),
+    "Sanjin2024/TinyRecursiveModels-ARC-AGI-2": (3, 4, "arc2"),
 }
+USUAL = {"num_heads": 8, "puzzle_emb_len": 16}      # all of these have them
 FIELDS = {f.name: f for f in fields(Config)}
 
 # ---------------------------------------------------------------------------------------------
@@ -63,8 +70,8 @@ def to_published(cfg, state):
 def from_published(state, settings):
     """(Config, our float32 state dict) from a published state dict, however it is wrapped.
 
-    settings: fields of Config that shapes do not tell, and seq_len where a dataset is known. Raises UserError
-    for missing and unknown keys, and for settings that are missing or do not fit."""
+    settings: fields of Config that shapes do not tell, and seq_len where a dataset is known; what is assumed
+    instead is said on stderr. Raises UserError for missing and unknown keys and settings that do not fit."""
     state = unwrap(state)
     try:
         cfg = config_of(state, settings)
@@ -87,8 +94,8 @@ def unwrap(content):
 
 
 def config_of(state, settings):
-    """Config of published weights: what shapes tell, then settings. Raises UserError for what nobody says, as
-    only a score would show that a guess was wrong; KeyError for a missing tensor."""
+    """Config of published weights: what shapes tell, then settings, then what is usual; of that, P and heads
+    are said on stderr, as only a score would show that they are wrong. Raises UserError, KeyError."""
     V, D = state["embed_tokens.embedding_weight"].shape
     rows, ndim = state["puzzle_emb.weights"].shape
     mlp = state.get("L_level.layers.0.mlp_t.down_proj.weight")      # (P + S, ...)
@@ -97,22 +104,29 @@ def config_of(state, settings):
             "num_layers": len({k.split(".")[2] for k in state if k.startswith("L_level.layers.")}),
             "input_dim" if settings.get("input_dim") else "vocab_size": V}
     must_agree(told, settings)
-    needed = ["H_cycles", "L_cycles", "puzzle_emb_len", *(["num_heads"] if mlp is None else [])]
-    missing = [f"--{name.replace('_', '-')}" for name in needed if name not in settings]
-    if missing:
-        raise UserError(f"neither the weights nor a configuration beside them say {', '.join(missing)}; give "
-                        f"that (mostly T 3, n 6 for Sudoku and 4 for others, 16 prefix positions, 8 heads)")
+    if not {"H_cycles", "L_cycles"} <= settings.keys():
+        raise UserError("this published checkpoint does not say --H-cycles and --L-cycles; give them (3 and "
+                        "6 for sudoku, 3 and 4 for maze and ARC)")
     length = next((len(table) for table in (mlp, learned) if table is not None), None)
-    # the published code writes 0 for as many as a row of the table fills
-    P = settings["puzzle_emb_len"] or -(-ndim // D)
-    S = settings.get("seq_len") or (length - P if length else {11: 81}.get(V, 900))
+    P, S, assumed = settings.get("puzzle_emb_len"), settings.get("seq_len"), []
+    if P is None:
+        P = length - S if length and S else USUAL["puzzle_emb_len"]
+        if not (length and S) or P != USUAL["puzzle_emb_len"]:      # such a P may come from a wrong dataset
+            assumed.append(f"{P} prefix positions (--puzzle-emb-len)")
+    P = P or -(-ndim // D)      # the published code writes 0 for as many as a row of the table fills
+    S = S or (length - P if length else {11: 81}.get(V, 900))
     if length not in (None, P + S) or P * D < ndim:
         raise UserError(f"{P} prefix positions and {S} cells do not fit the weights, which have "
                         f"{length or 'any'} positions and {ndim / D:g} or more of prefix; give "
                         f"--puzzle-emb-len, or their own dataset with --data")
+    if mlp is None and "num_heads" not in settings:
+        assumed.append(f"{USUAL['num_heads']} heads (--num-heads)")
+    if assumed and not (dist.is_initialized() and dist.get_rank()):
+        print(f"assumed, as neither the weights nor a configuration beside them say it: {', '.join(assumed)}",
+              file=sys.stderr)
     encodings = "learned" if learned is not None else "rope" if mlp is None else "none"
     sizes = {"num_puzzles": rows, "puzzle_emb_len": P, "seq_len": S}
-    return Config(**{"num_heads": 8, "pos_encodings": encodings, **settings, **told, **sizes})
+    return Config(**{**USUAL, "pos_encodings": encodings, **settings, **told, **sizes})
 
 
 def must_agree(known, asked):
@@ -127,8 +141,6 @@ def must_agree(known, asked):
 # ---------------------------------------------------------------------------------------------
 # Checkpoint files of any maker
 
-# keys under which others save their weights, the surest first
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "weights", "shadow")
 NO_WEIGHTS = {  # how files begin that are taken for weights, and what they are
     rb"$": "empty; download or save it again", rb"version .*git-lfs": "a git-lfs pointer; run `git lfs pull`",
     rb"<": "a web page; download the file itself, on the hub from /resolve/, not from /blob/"}
@@ -147,15 +159,8 @@ def load_weights(path):
     for start, what in NO_WEIGHTS.items():
         if re.match(start, head.strip()):
             raise UserError(f"{path} is no checkpoint, it is {what}")
-    if head[8:9] == b"{":       # a header of JSON after its length: a safetensors file, whatever its ending
-        try:
-            from safetensors.torch import load_file as load
-            content = load(path)
-        except Exception as e:      # of the file, or without the package
-            raise UserError(f"{path} is a safetensors file (pip install safetensors), and cannot be read: "
-                            f"{one_line(e)}") from None
-    else:
-        content = load_file(path)
+    json_header = head[8:9] == b"{"     # after its length: a safetensors file, whatever its ending
+    content = load_safetensors(path) if json_header else load_file(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not names and their tensors; where it is "
                         f"from, torch.save(model.state_dict(), FILE)")
@@ -163,6 +168,16 @@ def load_weights(path):
         return content
     said = beside(path)
     return {"state_dict": content, "config": settings_of(said), **said.get("trained_on", {})}
+
+
+def load_safetensors(path):
+    """{name: tensor}. Raises UserError."""
+    try:
+        from safetensors.torch import load_file as load
+        return load(path)
+    except Exception as e:      # of the file, or without the package
+        raise UserError(f"{path} is a safetensors file (pip install safetensors), and cannot be read: "
+                        f"{one_line(e)}") from None
 
 
 def beside(path):
@@ -244,7 +259,7 @@ def fetch(name, world):
     folder, file = world.gather_objects(found)[0]
     key = next((k for k in KNOWN if f"{owner}/{repo}/{file}".startswith(k + "/")), None)
     T, n, dataset = KNOWN.get(key, (None, None, None))
-    table = {"H_cycles": T, "L_cycles": n, "num_heads": 8, "puzzle_emb_len": 16} if key else {}
+    table = {"H_cycles": T, "L_cycles": n, **USUAL} if key else {}
     return folder / file, table | settings_of(beside(folder / file)), dataset
 
 
@@ -263,12 +278,13 @@ def download(repo, wanted):
         reason = f"cannot download from {repo} ({one_line(e)})"
     try:    # [], as we never ask for the whole repository, which the client would miss in its cache
         folder = Path(snapshot_download(repo, allow_patterns=[], local_files_only=True))
-    except Exception:
-        raise UserError(f"{reason}, nor is it in the cache; fetch the file from "
+        files = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+        wanted = pick_file(repo, files, wanted)
+    except Exception as e:
+        raise UserError(f"{reason}, nor use the cache ({one_line(e)}); fetch the file from "
                         f"https://huggingface.co/{repo} and give it with --checkpoint") from None
-    print(f"{reason}: using {folder}", file=sys.stderr)
-    files = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
-    return folder, pick_file(repo, files, wanted)
+    print(f"{reason}: using {folder / wanted}", file=sys.stderr)
+    return folder, wanted
 
 
 def pick_file(repo, files, wanted):
@@ -296,16 +312,16 @@ def push(name, path, content, cfg, state, averaged):
     """Upload published weights, their configuration, and what eval.py measured. Raises UserError."""
     from huggingface_hub import HfApi
     file, cure = path.with_name("results.json"), f"score it first: python eval.py --checkpoint {path}"
-    results = read_json(file, cure, dict)
-    about, effort = results["about"], results["effort"]
+    results = read_json(file, cure)
+    scored, effort = results.get("about", {}).get("checkpoint", "an unknown file"), results.get("effort", {})
     if {**effort, "steps": None} != {"steps": None, "halt": None, "rollouts": 1, "noise": 0.0, "augment": 0}:
         raise UserError(f"{file} is not of a plain evaluation, which pushed weights are known by; {cure}")
-    if not about["checkpoint"].endswith(f"{path.name}, {'averaged' if averaged else 'last'} weights"):
-        raise UserError(f"{file} is of {about['checkpoint']}, not of {path.name}; {cure}")
     steps = f" --steps {effort['steps']}" if effort["steps"] else ""
+    if not scored.endswith(f"{path.name}, {'averaged' if averaged else 'last'} weights"):
+        raise UserError(f"{file} is of {scored}, not of {path.name}; {cure}")
     measured = json.dumps({k: results[k] for k in ("metrics", "intervals")}, indent=1)
     card = (f"# {name}\n\nWeights of a Tiny Recursive Model (arXiv 2510.04871), measured by `python eval.py "
-            f"--hf {name} --data {about['data']}{steps}`:\n\n```json\n{measured}\n```\n")
+            f"--hf {name} --data {results['about']['data']}{steps}`:\n\n```json\n{measured}\n```\n")
     try:
         with tempfile.TemporaryDirectory() as tmp:
             export(Path(tmp, path.stem), content, cfg, state)
@@ -326,6 +342,9 @@ def flags():
     add("run", metavar="RUN", help="run folder (its newest) or checkpoint file")
     add("target", metavar="FILE|OWNER/NAME", help="where to")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="the averaged weights")
+    for name in ("H_cycles", "L_cycles", "num_heads", "puzzle_emb_len"):
+        kind = FIELDS[name].metadata["type"]
+        add(f"--{name.replace('_', '-')}", type=kind, metavar="N", help="of weights that do not say it")
     return parser
 
 
@@ -333,7 +352,8 @@ def main(argv=None):
     args = flags().parse_args(argv)
     path = find_file(args.run)
     content = load_weights(path)
-    cfg, state = read_model(content, {}, None, args.ema)
+    given = {k: v for k, v in vars(args).items() if k in FIELDS and v is not None}
+    cfg, state = read_model(content, given, None, args.ema)
     if args.job == "push":
         return push(args.target, path, content, cfg, state, args.ema and content.get("ema"))
     config = export(Path(args.target), content, cfg, state)

@@ -467,9 +467,9 @@ def test_published_table_of_another_size_is_refused(tmp_path, arc_dir):
     torch.save(hub.to_published(model.cfg, model.state_dict()), tmp_path / "step_1")
     flags = ["--checkpoint", str(tmp_path / "step_1"), "--data", str(arc_dir), "--num-heads", "2",
              "--dtype", "float32"]
-    with pytest.raises(UserError, match="say --H-cycles, --L-cycles, --puzzle-emb-len; give"):
+    with pytest.raises(UserError, match="does not say --H-cycles and --L-cycles"):
         scoring.main(flags)
-    flags += ["--H-cycles", "1", "--L-cycles", "1", "--puzzle-emb-len", "1"]
+    flags += ["--H-cycles", "1", "--L-cycles", "1"]
     with pytest.raises(UserError, match="table has 5 rows, .* has 10 identifiers; .*--reset-puzzle-emb"):
         scoring.main(flags)
     with pytest.raises(UserError, match="unknown extra"):

@@ -22,9 +22,8 @@ from runs import ALONE, TINY, boards, model_of, save_run
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 CFG = replace(TINY, puzzle_emb_len=16, halt_max_steps=16)
-CYCLES = {"H_cycles": 1, "L_cycles": 1}
-SETTINGS = {**CYCLES, "num_heads": 2, "puzzle_emb_len": 16, "dtype": "float32"}
-CONFIG = b"arch:\n  H_cycles: 1\n  L_cycles: 1\n  num_heads: 2\n  puzzle_emb_len: 16\n"
+SETTINGS = {"H_cycles": 1, "L_cycles": 1, "num_heads": 2, "puzzle_emb_len": 16, "dtype": "float32"}
+CONFIG = b"arch:\n  H_cycles: 1\n  L_cycles: 1\n  num_heads: 2\n  puzzle_emb_ndim: ${.hidden_size}\n"
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -128,7 +127,7 @@ def test_download(server, weights, monkeypatch, capsys):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")    # nobody there; it is in the cache
     path, settings, dataset = hub.fetch("me/net", ALONE)
     assert {f.name for f in path.parent.iterdir()} == {"all_config.yaml", "step_32550_sudoku"}
-    assert settings == {**CYCLES, "num_heads": 2, "puzzle_emb_len": 16} and dataset is None
+    assert settings == {"H_cycles": 1, "L_cycles": 1, "num_heads": 2} and dataset is None
     assert "cannot download from me/net" in capsys.readouterr().err, "not without a word"
 
 
@@ -145,13 +144,13 @@ def test_without_the_hub(server):
         assert path == folder / "step_7" and settings == {"num_heads": 2}
     with pytest.raises(UserError, match="no file b; choose one: --hf me/cached/a/step_7"):
         hub.fetch("me/cached/b", ALONE)
-    with pytest.raises(UserError, match="cannot download from me/none .*, nor is it in the cache; fetch the "
+    with pytest.raises(UserError, match="cannot download from me/none .*, nor use the cache .*; fetch the "
                                         "file from https://huggingface.co/me/none and give it with --check"):
         hub.fetch("me/none", ALONE)
 
 
 def test_known_repositories(server):
-    assert hub.KNOWN["alphaXiv/trm-model-sudoku"] == (3, 6, "sudoku")
+    assert hub.KNOWN["alphaXiv/trm-model-sudoku"] == (3, 6, "sudoku") and len(hub.KNOWN) == 10
     assert {data for *_, data in hub.KNOWN.values()} <= prepare.KNOWN.keys()
     name = "arcprize/trm_arc_prize_verification"
     server.files = {name: {"arc_v1_public/step_1": b"", "arc_v2_public/step_2": b""},

@@ -15,7 +15,6 @@ from rundir import save_file
 from runs import TINY, boards, model_of, save_run
 
 CYCLES = {"H_cycles": 1, "L_cycles": 1}
-GIVEN = {**CYCLES, "puzzle_emb_len": 1, "num_heads": 2}
 CFG = replace(TINY, puzzle_emb_len=16, halt_max_steps=16)
 ATTENTION = replace(TINY, mixer="attn", pos_encodings="rope", puzzle_emb_len=3)
 LEARNED = replace(ATTENTION, pos_encodings="learned")
@@ -69,7 +68,7 @@ def test_exported_weights_load_back(tmp_path, split, capsys, cfg):
 def test_exported_weights_without_their_configuration(tmp_path, capsys, cfg):
     """The same model by what messages ask for."""
     model, path = model_of(cfg), write(tmp_path, cfg)
-    with pytest.raises(UserError, match="say --H-cycles, --L-cycles, --puzzle-emb-len"):
+    with pytest.raises(UserError, match="does not say --H-cycles and --L-cycles"):
         load(path)
     capsys.readouterr()
     found, state = load(path, puzzle_emb_len=cfg.puzzle_emb_len, num_heads=2, **CYCLES)
@@ -79,27 +78,29 @@ def test_exported_weights_without_their_configuration(tmp_path, capsys, cfg):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("cfg, settings, missing", [
-    (ATTENTION, {}, "--puzzle-emb-len, --num-heads"), (ATTENTION, {"puzzle_emb_len": 3}, "--num-heads"),
-    (LEARNED, {"num_heads": 2}, "--puzzle-emb-len"), (TINY, {}, "--puzzle-emb-len")])
-def test_what_nobody_says_is_asked_for(tmp_path, cfg, settings, missing):
-    with pytest.raises(UserError, match=f"neither the weights nor a .* say {missing}; give"):
-        load(write(tmp_path, cfg), **CYCLES, **settings)
+WIDE = replace(ATTENTION, hidden_size=64, num_heads=8, puzzle_emb_len=16)
+P16, H8 = "16 prefix positions (--puzzle-emb-len)", "8 heads (--num-heads)"
 
 
-@pytest.mark.parametrize("cfg, seq_len, settings, sizes", [
-    (CFG, None, {"puzzle_emb_len": 16}, (16, 16)), (LEARNED, None, {"puzzle_emb_len": 3}, (3, 16)),
-    (ATTENTION, None, {"puzzle_emb_len": 3}, (3, 900)),     # neither file nor dataset tell the cells
-    (replace(ATTENTION, puzzle_emb_ndim=48), 16, {"puzzle_emb_len": 0}, (2, 16))])
-def test_cells_and_positions_of_published_weights(tmp_path, cfg, seq_len, settings, sizes):
-    found = load(write(tmp_path, cfg), seq_len, num_heads=2, **CYCLES, **settings)[0]
-    assert (found.puzzle_emb_len, found.seq_len) == sizes
+@pytest.mark.parametrize("cfg, seq_len, settings, sizes, assumed", [
+    (WIDE, 16, {}, (16, 16, 8), f"{P16}, {H8}"), (WIDE, 16, {"num_heads": 4}, (16, 16, 4), P16),
+    (WIDE, 16, {"puzzle_emb_len": 16}, (16, 16, 8), H8),
+    (WIDE, 16, {"num_heads": 4, "puzzle_emb_len": 2}, (2, 16, 4), ""),
+    (CFG, 16, {}, (16, 16, 8), ""), (CFG, None, {}, (16, 16, 8), P16),      # L and the dataset tell P
+    (TINY, 16, {}, (1, 16, 8), P16.replace("16", "1")),         # so they do, if it is the right dataset
+    (LEARNED, 16, {"num_heads": 2}, (3, 16, 2), P16.replace("16", "3")),
+    (replace(ATTENTION, puzzle_emb_ndim=48), 16, {"num_heads": 2, "puzzle_emb_len": 0}, (2, 16, 2), "")])
+def test_what_is_assumed_is_said_in_one_line(tmp_path, capsys, cfg, seq_len, settings, sizes, assumed):
+    found = load(write(tmp_path, cfg), seq_len, **CYCLES, **settings)[0]
+    assert (found.puzzle_emb_len, found.seq_len, found.num_heads) == sizes
+    line = f"assumed, as neither the weights nor a configuration beside them say it: {assumed}\n"
+    assert capsys.readouterr().err == (line if assumed else "")
 
 
 @pytest.mark.parametrize("cfg, seq_len, settings, message", [
     (TINY, 16, {"puzzle_emb_len": 2}, "2 prefix positions and 16 cells do not fit the weights, .* have 17"),
     (TINY, 17, {}, "1 prefix positions and 17 cells do not fit"),
-    (TINY, 36, {}, "1 prefix positions and 36 cells do not fit .* their own dataset with --data"),
+    (TINY, 36, {}, "-19 prefix positions and 36 cells do not fit .* their own dataset with --data"),
     (replace(ATTENTION, puzzle_emb_ndim=96), 16, {"puzzle_emb_len": 2}, "2 prefix .* 3 or more of prefix"),
     (ATTENTION, 16, {"num_heads": 5}, "32 .* 5 heads"), (TINY, 16, {"mixer": "attn"}, "mixer mlp, not attn"),
     (TINY, 16, {"hidden_size": 64}, "hidden_size 32, not 64"),
@@ -107,7 +108,7 @@ def test_cells_and_positions_of_published_weights(tmp_path, cfg, seq_len, settin
     (LEARNED, 16, {"pos_encodings": "rope"}, "unknown embed_pos")])
 def test_settings_that_do_not_fit_the_weights_are_refused(tmp_path, cfg, seq_len, settings, message):
     with pytest.raises(UserError, match=message):
-        load(write(tmp_path, cfg), seq_len, **{**GIVEN, "puzzle_emb_len": cfg.puzzle_emb_len, **settings})
+        load(write(tmp_path, cfg), seq_len, **CYCLES, **settings)
 
 
 HYDRA = """
@@ -137,11 +138,11 @@ def test_configuration_beside_a_file(tmp_path, name, capsys):
         load(path, puzzle_emb_len=3, num_heads=2)
     torch.save(torch.load(path), other)
     if "step_10" in name:
-        with pytest.raises(UserError, match="say --H-cycles"):
+        with pytest.raises(UserError, match="does not say --H-cycles"):
             load(other)
     else:
         other.with_suffix(".config.json").write_text(json.dumps({"H_cycles": 1}))
-        assert load(other, puzzle_emb_len=3)[0].H_cycles == 1, "its own configuration counts more"
+        assert load(other)[0].H_cycles == 1, "its own configuration counts more"
 
 
 @pytest.mark.parametrize("text, message", [
@@ -154,7 +155,7 @@ def test_configuration_beside_a_file(tmp_path, name, capsys):
 def test_configuration_that_contradicts_the_weights_is_refused(tmp_path, text, message):
     path = write(tmp_path, TINY, text)
     with pytest.raises(UserError, match=message):
-        load(path, **{k: v for k, v in GIVEN.items() if k not in text})
+        load(path, **{k: v for k, v in CYCLES.items() if k not in text})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def test_wrapped_weights_are_unwrapped(tmp_path, wrap):
     wrapped = wrap(hub.to_published(TINY, model.state_dict()))
     torch.save(wrapped, path)
     dtype = next((v.dtype for v in wrapped.values() if isinstance(v, torch.Tensor)), torch.float32)
-    state = load(path, **CYCLES, puzzle_emb_len=1)[1]
+    state = load(path, **CYCLES)[1]
     for key, value in model.state_dict().items():
         assert torch.equal(state[key], value.to(dtype).float()), key
 
@@ -234,7 +235,7 @@ def test_weights_that_are_not_finite_are_refused(value):
     model.blocks[0].mlp_in.data[3, 4] = value
     published = {"state_dict": hub.to_published(TINY, model.state_dict())}
     ours = {"config": asdict(TINY), "model": model.state_dict(), "ema": None}
-    for content, settings in ((published, GIVEN), (ours, {})):
+    for content, settings in ((published, CYCLES), (ours, {})):
         with pytest.raises(UserError, match="blocks.0.mlp_in holds NaN or infinity"):
             hub.read_model(content, settings, 16, True)
     averages = {"blocks.0.mlp_in": torch.zeros_like(model.blocks[0].mlp_in)}
@@ -276,16 +277,15 @@ def test_export_of_another_makers_file(tmp_path):
     wrapped = {"state_dict": prefixed("module.", hub.to_published(ATTENTION, model.state_dict()))}
     torch.save(wrapped, tmp_path / "a.pt")
     argv = ["export", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]
-    with pytest.raises(UserError, match="say --H-cycles, --L-cycles, --puzzle-emb-len, --num-heads"):
+    with pytest.raises(UserError, match="does not say --H-cycles and --L-cycles"):
         hub.main(argv)
-    (tmp_path / "config.json").write_text(json.dumps({**CYCLES, "num_heads": 2, "puzzle_emb_len": 3}))
-    hub.main(argv)
+    hub.main([*argv, "--H-cycles", "1", "--L-cycles", "1", "--num-heads", "2", "--puzzle-emb-len", "3"])
     assert same(load(tmp_path / "b.pt")[1], model) and load(tmp_path / "b.pt")[0].num_heads == 2
     assert next(iter(torch.load(tmp_path / "b.pt"))).startswith("_orig_mod.model.inner.")
 
 
 def test_wrong_command_lines():
     for argv, message in (("import a b", "invalid choice"), ("export nowhere b", "nowhere not found"),
-                          ("export a", "FILE")):
+                          ("export a", "FILE"), ("push a b --H-cycles 0", "out of range")):
         with pytest.raises(UserError, match=message):
             hub.main(argv.split())
