@@ -213,6 +213,9 @@ def start_world(device, timeout_s):
     if device.type == "cpu":
         keep_freed_memory()     # of the whole process, whoever calls this
     if size > 1:
+        # Imported later, its default arguments would hold the process group: close() would not end gloo's
+        # threads, and one that is at work while Python ends aborts the process (PyTorch issue 190489).
+        from torch.distributed import nn  # noqa: F401
         timeout = timedelta(seconds=timeout_s)
         with peers():
             store = next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]

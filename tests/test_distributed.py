@@ -1,6 +1,7 @@
 """Two gloo ranks: the same as one process, under torchrun, and when one of them dies."""
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from runs import ROOT, Ranks, flags, last, log_of, run_ranks, same_run, steps_of
 # A training script that keeps what every rank was given and has at its end. Disturbed, rank 1 is killed at
 # step 10 of its first start, and torchrun gets a SIGTERM at step 16 of the second.
 SCRIPT = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 import common, runs, train
@@ -28,11 +29,18 @@ def watched(run, parts):
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(1)     # until torchrun passes it on, which the loop would outrun
 
+def threads():
+    names = [open(f"/proc/self/task/{{task}}/comm").read() for task in os.listdir("/proc/self/task")]
+    open(f"threads{{rank}}", "w").writelines(names)
+
 def kept(run, *others):
+    import torch.distributed.nn     # as parts of torch do once they are needed
     result = loop(run, *others)
     torch.save((run.model.puzzle_emb, [list(b) for b in batches]), f"kept{{rank}}.pt")
     return result
 train.backward, train.train = watched, kept
+if os.path.isdir("/proc/self/task"):
+    atexit.register(threads)
 common.cli(train.main)
 """
 LONGER = ["--epochs", 6, "--eval-interval", 3, "--max-steps", 20, "--log-interval", 1,
@@ -91,6 +99,14 @@ def test_torchrun_restarts_and_is_preempted(pair, tmp_path, boards):
     codes, text = run_ranks(tmp_path, ["--resume", str(run_dir), "--max-steps", "20"], 2)
     assert codes == [0, 0] and not same_run(pair / "run", run_dir), text
     assert [r["step"] for r in log_of(run_dir, "start")] == [0, 7, 16]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_thread_of_gloo_outlives_the_process_group(pair, rank):
+    """One that is at work while Python ends would abort the process."""
+    threads = (pair / f"threads{rank}").read_text().split()
+    assert threads and not [name for name in threads if "gloo" in name]
 
 
 @pytest.mark.slow
