@@ -53,6 +53,8 @@ class Config:
     num_heads: int = option(8, "of attention", type=within(int, 1))
     num_layers: int = option(2, "blocks of the net", type=within(int, 1))
     expansion: float = option(4.0, "of the SwiGLU", type=within(float, 0.01, 1000))
+    width_multiple: int = option(256, "what the SwiGLU's inner width is rounded up to a multiple of",
+                                 type=within(int, 1))
     puzzle_emb_len: int = option(16, "P, prefix positions of the puzzle embedding", type=within(int, 0))
     puzzle_emb_ndim: int = option(512, "width of the puzzle table, at most P x D", type=within(int, 0))
     H_cycles: int = option(3, "T, rounds per supervision step", type=within(int, 1))
@@ -92,6 +94,10 @@ class Config:
     def rope(self):
         return self.mixer == "attn" and self.pos_encodings == "rope"
 
+    def inner_width(self, n):
+        """Of a SwiGLU over n features: 2/3 of expansion * n, rounded up to a multiple of width_multiple."""
+        return -(-round(self.expansion * n * 2 / 3) // self.width_multiple) * self.width_multiple
+
 
 def read_config(saved, **changes):
     """The Config that a checkpoint holds as a dict, with changes. What an older one did not know has its
@@ -130,11 +136,6 @@ def trunc_normal(shape, std, generator):
     (torch's own trunc_normal_ leaves it at 0.88 of what is asked)."""
     scale, empty = std / 0.8796256610342398, torch.empty(shape)     # std of a unit normal cut at -2 and 2
     return nn.init.trunc_normal_(empty, std=scale, a=-2 * scale, b=2 * scale, generator=generator)
-
-
-def swiglu_width(n, expansion):
-    """Inner width of a SwiGLU over n features: 2/3 of expansion * n, rounded up to a multiple of 256."""
-    return -(-round(expansion * n * 2 / 3) // 256) * 256
 
 
 def rms_norm(h, dim=-1):
@@ -244,7 +245,7 @@ class Block(nn.Module):
     def __init__(self, cfg, generator):
         super().__init__()
         D, L = cfg.hidden_size, cfg.length
-        inner, inner_t = swiglu_width(D, cfg.expansion), swiglu_width(L, cfg.expansion)
+        inner, inner_t = cfg.inner_width(D), cfg.inner_width(L)
         mix_in, mix_out = ((2 * inner_t, L), (L, inner_t)) if cfg.mixer == "mlp" else ((3 * D, D), (D, D))
         shapes = {"mix_in": mix_in, "mix_out": mix_out, "mlp_in": (2 * inner, D), "mlp_out": (D, inner)}
         for name, shape in shapes.items():
@@ -516,9 +517,9 @@ def flops(cfg):
     """Flops of a Config. A net costs twice its multiply-adds; T (n + 1) nets go forward, and backward costs
     the last n + 1 twice more."""
     D, L, S = cfg.hidden_size, cfg.length, cfg.seq_len
-    attn, mlp = 4 * L * D * D + 2 * L * L * D, 3 * D * L * swiglu_width(L, cfg.expansion)
+    attn, mlp = 4 * L * D * D + 2 * L * L * D, 3 * D * L * cfg.inner_width(L)
     mixer = attn if cfg.mixer == "attn" else mlp
-    net = 2 * cfg.num_layers * (mixer + 3 * L * D * swiglu_width(D, cfg.expansion))
+    net = 2 * cfg.num_layers * (mixer + 3 * L * D * cfg.inner_width(D))
     embed = 2 * S * D * (cfg.input_dim or cfg.vocab_size)
     ends = embed + 2 * S * D * (cfg.target_dim or cfg.vocab_size) + 4 * D
     forward = cfg.H_cycles * (cfg.L_cycles + 1) * net + ends
@@ -531,10 +532,10 @@ def train_bytes(cfg, rows, part):
     backward pass, and some 16 tensors like y. Its constants were counted on torch's own allocator, with
     compiled nets in bfloat16."""
     D, L = cfg.hidden_size, cfg.length
-    widths = 8 * D + 4 * swiglu_width(D, cfg.expansion)
+    widths = 8 * D + 4 * cfg.inner_width(D)
     position = 1.956 * widths       # bytes that a block keeps of a position
     if cfg.mixer == "mlp":          # instead of attention's: gate, up and their product, over positions
-        position = 1.352 * widths + 6 * D * swiglu_width(L, cfg.expansion) / L
+        position = 1.352 * widths + 6 * D * cfg.inner_width(L) / L
     kept = (cfg.L_cycles + 1) * cfg.num_layers * position + 24 * D
     scale = 2 if cfg.dtype == "float32" else 1
     fixed = 4 * cfg.num_puzzles * cfg.puzzle_emb_ndim + 2 ** 29     # the table; weights, their optimizer ...

@@ -12,7 +12,7 @@ import train
 from common import UserError
 from data import exploration
 from model import IGNORE, OVER_ALL_ROWS, TRM, Batch, Config, act_loss, attend, build, log_stablemax, \
-    grid_score_mod, metric_names, read_config, row_scores, sudoku_score_mod, swiglu_width, trunc_normal
+    grid_score_mod, metric_names, read_config, row_scores, sudoku_score_mod, trunc_normal
 from optim import AdamATan2, schedule, sign_sgd
 from runs import ALONE
 
@@ -276,7 +276,12 @@ def test_initial_weights_have_the_stated_std():
         w = trunc_normal((2000, fan_in), fan_in ** -0.5, torch.Generator().manual_seed(0))
         assert abs(w.std().item() * fan_in ** 0.5 - 1) < 0.01
         assert w.abs().max().item() <= 2 * fan_in ** -0.5 / 0.8796 + 1e-6
-    assert swiglu_width(512, 4.0) == 1536 and swiglu_width(97, 4.0) == 512 and swiglu_width(64, 4.0) == 256
+
+
+def test_inner_widths_are_rounded_up():
+    cfg, narrow = Config(), Config(expansion=2.0, width_multiple=64)
+    assert [cfg.inner_width(n) for n in (512, 97, 64)] == [1536, 512, 256]      # as published
+    assert [narrow.inner_width(n) for n in (512, 97, 64)] == [704, 192, 128]
 
 
 @pytest.mark.parametrize("seq_len", [16, 36, 81])

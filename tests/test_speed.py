@@ -327,7 +327,8 @@ def counted(cfg):
 
 @pytest.mark.parametrize("change", [
     dict(), MLP, dict(seq_len=900, L_cycles=4, vocab_size=12), dict(L_cycles=1, **REGRESSION),
-    dict(score_mod="sudoku", L_cycles=1), dict(H_cycles=1, num_layers=3, expansion=2.5)], ids=str)
+    dict(score_mod="sudoku", L_cycles=1),
+    dict(H_cycles=1, num_layers=3, expansion=2.5, width_multiple=8)], ids=str)
 def test_flops_formula_equals_torch_counter(change):
     cfg = M.Config(**change)
     assert M.flops(cfg) == counted(cfg)

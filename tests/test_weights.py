@@ -47,7 +47,7 @@ def write(folder, cfg, config=""):
 # Export, and what a file does not say
 
 @pytest.mark.parametrize("cfg", [
-    CFG, TINY, ATTENTION, replace(LEARNED, num_layers=2, expansion=30.0),
+    CFG, TINY, ATTENTION, replace(LEARNED, num_layers=2, expansion=30.0, width_multiple=24),
     replace(ATTENTION, pos_encodings="none", q_continue=True, score_mod="sudoku", num_heads=4),
     replace(TINY, loss="softmax", num_puzzles=7, dtype="bfloat16"),
     replace(ATTENTION, vocab_size=0, input_dim=3, target_dim=2, halt_tolerance=0.5)])
