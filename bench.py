@@ -165,9 +165,7 @@ def main(argv=None):
     parser = flags()
     args = parser.parse_args(argv)
     if args.votes:
-        for name, value in vars(args).items():
-            if name != "votes" and value != parser.get_default(name):
-                raise UserError(f"--{name} does nothing with --votes; leave it out")
+        parser.alone(args, "votes")
         return report(bench_votes(args.votes))
     world = common.start_world(args.device, 600)       # seconds until a dead rank ends the others
     row = bench(args.preset, world, args.rows, args.dtype, args.compile, args.steps)

@@ -80,6 +80,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
+    def alone(self, args, name):
+        """Refuse flags that change nothing beside one that does something else. Raises UserError."""
+        for other, value in vars(args).items():
+            if other != name and value != self.get_default(other):
+                raise UserError(f"--{other.replace('_', '-')} does nothing with --{name}; leave it out")
+
 
 def within(kind, low, high=math.inf):
     """For add_argument(type=...): a number of `kind` (int or float) in low .. high, the ends included."""

@@ -476,7 +476,8 @@ def measure(args, world, opened, effort):
     """(results.json as a dict, Evaluation): everything that takes time."""
     model, split, cfg = opened.model, opened.split, opened.model.cfg
     examples, part = choose_examples(split, args.limit, args.max_aug)
-    size = args.batch_size or (768 if world.device.type == "cuda" else max(1, 2 ** 12 // cfg.length))
+    length = cfg.puzzle_emb_len + (int(split.sides.max()) ** 2 or cfg.seq_len)      # on the largest canvas
+    size = args.batch_size or (768 if world.device.type == "cuda" else max(1, 2 ** 12 // length))
     on_gpu = world.device.type == "cuda"
     if args.compile or args.compile is None and on_gpu and not compiler_lacks(world.device):
         compile_model(model)
@@ -583,8 +584,10 @@ def run(args, world):
 
 
 def main(argv=None):
-    args = flags().parse_args(argv)
+    parser = flags()
+    args = parser.parse_args(argv)
     if args.compare:
+        parser.alone(args, "compare")
         return compare(*args.compare)
     world = start_world(args.device, 7200)  # seconds: rank 0 downloads and builds while the others wait
     try:

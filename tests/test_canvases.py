@@ -302,11 +302,14 @@ def test_halting_on_canvases_scores_the_same_rows(sized):
 
 
 def test_eval_takes_the_canvases_of_the_checkpoint_or_of_the_flag(four, sized, tmp_path, capsys):
-    for more, cut in ([], True), (["--canvases", "30"], True), (["--canvases", "15", "16"], True):
-        out = tmp_path / "-".join(["out", *more])
-        assert scoring.main(["--checkpoint", str(four[0]), "--output", str(out), "--batch-size", "4", *more,
-                             "--device", "cpu"]) == 0
-        assert ("cut_answers" in json.loads((out / "results.json").read_text())["metrics"]) is cut
+    fits = 2 ** 12 // (ARC_CFG.puzzle_emb_len + 16 ** 2)    # by default: on the largest of the canvases
+    for i, (more, size) in enumerate(((["--batch-size", 4], 4), (["--canvases", 30, "--batch-size", 4], 4),
+                                      (["--canvases", 15, 16], fits))):
+        out = tmp_path / f"out{i}"
+        argv = ["--checkpoint", four[0], "--output", out, "--device", "cpu", *more]
+        assert scoring.main([*map(str, argv)]) == 0
+        results = json.loads((out / "results.json").read_text())
+        assert "cut_answers" in results["metrics"] and results["about"]["batch of a rank"] == size
     with pytest.raises(UserError, match="--canvases 11: .* larger; add 15"):
         scoring.main(["--checkpoint", str(four[0]), "--canvases", "11", "--output", str(tmp_path)])
     capsys.readouterr()

@@ -391,6 +391,8 @@ def test_compare(tmp_path, capsys):
     other = results_file(tmp_path / "c", [1] * 100, data="other")
     scoring.main(["--compare", a, other])
     assert "McNemar: needs" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--min-exact does nothing with --compare; leave it out"):
+        scoring.main(["--compare", a, b, "--min-exact", "0.5"])
     with pytest.raises(UserError, match="nowhere.json not found; --compare takes results.json"):
         scoring.main(["--compare", a, str(tmp_path / "nowhere.json")])
 
