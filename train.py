@@ -43,12 +43,13 @@ SUDOKU = dict(data=[prepare.KNOWN["sudoku"].folder], epochs=50_000, eval_interva
               puzzle_emb_weight_decay=1.0, puzzle_emb_lr=1e-4, eval_limit=4096)
 ARC = dict(epochs=100_000, eval_interval=5_000, eval_limit=40_000)  # of 386,000 rows, 965 a task
 CANVASES = [11, 16, 21, 30]
+NARROW = dict(expansion=2.0, width_multiple=64)     # SwiGLUs of 0.4 the width: won on mini, see REPORT.md
 PRESETS = {
     "mini": dict(data=[prepare.KNOWN["mini"].folder], mixer="mlp", pos_encodings="none", hidden_size=64,
                  num_heads=1, H_cycles=1, L_cycles=1, puzzle_emb_len=1, puzzle_emb_ndim=64, dtype="auto",
                  global_batch_size=64, lr=8e-3, puzzle_emb_lr=4e-3, lr_warmup_steps=100, lr_min_ratio=0.0,
                  weight_decay=0.5, puzzle_emb_weight_decay=0.5, ema=0.99, ema_warmup=True,
-                 train_max_steps=[2, 6], epochs=64, eval_interval=16),
+                 train_max_steps=[2, 6], epochs=80, eval_interval=20, **NARROW),
     "mini-maze": dict(data=[prepare.KNOWN["mini-maze"].folder], score_mod="grid", pos_encodings="none",
                       hidden_size=64, num_heads=8, H_cycles=1, L_cycles=2, halt_max_steps=8,
                       halt_exploration_prob=1.0, puzzle_emb_len=1, puzzle_emb_ndim=64, loss="softmax",
@@ -61,6 +62,7 @@ PRESETS = {
                      lr_min_ratio=0.0, ema=0.99, ema_warmup=True, train_max_steps=[1, 2], epochs=1800,
                      eval_interval=450),
     "sudoku": dict(SUDOKU, mixer="mlp", pos_encodings="none"),
+    "sudoku-fast": dict(SUDOKU, mixer="mlp", pos_encodings="none", **NARROW),
     "sudoku-att": SUDOKU,
     "maze": dict(SUDOKU, data=[prepare.KNOWN["maze"].folder], L_cycles=4),
     "arc1": dict(ARC, data=[prepare.KNOWN["arc1"].folder]),

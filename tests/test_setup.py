@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["speedrun.sh", "speedrun-inference.sh", ".ci/run"]
 ALL = ["sudoku", "sudoku-att", "maze", "arc1", "arc2"]
-BIG = [*ALL, "arc1-fast", "arc2-fast"]
+BIG = [*ALL, "sudoku-fast", "arc1-fast", "arc2-fast"]
 
 # Stands for the Python of the environment: says how many GPUs there are, lacks nothing, and writes every
 # script that it is given to the file `calls`. A call fails when $FAILS is a part of it, or hangs with $HANGS.
