@@ -150,7 +150,7 @@ class World:
         if self.size == 1:
             return tensor
         out = tensor.new_empty((self.size * len(tensor), *tensor.shape[1:]))
-        dist.all_gather_into_tensor(out, tensor.contiguous())
+        dist.all_gather_single(out, tensor.contiguous())
         return out
 
     @peers()
