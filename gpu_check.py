@@ -41,7 +41,8 @@ LIMITS = {  # of the columns of parity, the last two relative. bfloat16: three t
 # Relative. 50 steps that sum in another order (compiled, or in four parts) are off by 1e-7 on a CPU: rounding
 # in float32 has no time to grow. 0.1% more learning rate is off by 4e-4, bfloat16 by 6e-4.
 LOSS_LIMIT = 1e-4
-ROWS = {"mini": 64, "sudoku": 768, "sudoku-att": 768, "maze": 192, "arc1": 192, "arc2": 192}    # of one GPU
+ROWS = {"mini": 64, "sudoku": 768, "sudoku-fast": 768, "sudoku-att": 768, "maze": 192, "arc1": 192,
+        "arc2": 192}    # of one GPU
 CARDS = {   # published TFLOP/s of dense bfloat16 by the names of whole cards: a share of one (MIG) is none
     "H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, r"A100[- ][\w -]*\d+GB( PCIe)?": 312,
     "GeForce RTX 5090": 209.5, "GeForce RTX 4090": 165}

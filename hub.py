@@ -358,6 +358,8 @@ def main(argv=None):
         return push(args.target, path, content, cfg, state, args.ema and content.get("ema"))
     config = export(Path(args.target), content, cfg, state)
     print(f"wrote {args.target} and {config}; keep them together, as the weights do not say all of it")
+    if cfg.width_multiple % 256:
+        print("only this code loads them: the published one rounds SwiGLUs up to a multiple of 256")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class Config:
 
     def inner_width(self, n):
         """Of a SwiGLU over n features: 2/3 of expansion * n, rounded up to a multiple of width_multiple."""
-        return -(-round(self.expansion * n * 2 / 3) // self.width_multiple) * self.width_multiple
+        return -(-max(1, round(self.expansion * n * 2 / 3)) // self.width_multiple) * self.width_multiple
 
 
 def read_config(saved, **changes):
@@ -561,7 +561,8 @@ def build(cfg, state):
         model.load_state_dict(state, assign=True)
     except RuntimeError as e:
         report = " ".join(str(e).split()).removeprefix("Error(s) in loading state_dict for TRM: ")
-        raise UserError(f"the weights do not fit: {report[:400]}") from None
+        cure = "; the widths of mlp_in follow from expansion and width_multiple" if "mlp_in" in report else ""
+        raise UserError(f"the weights do not fit: {report[:400]}{cure}") from None
     if cfg.rope:        # not part of a state dict
         model.cos, model.sin = rope_tables(cfg.length, cfg.hidden_size // cfg.num_heads)
     return model.requires_grad_()

@@ -8,7 +8,7 @@
 #   sudoku       Sudoku-Extreme, MLP mixer; sudoku-att: the same with attention
 #   sudoku-fast  sudoku with narrower SwiGLUs, 0.44 of the arithmetic
 #   maze         30x30 mazes
-#   arc1, arc2   ARC-AGI-1, ARC-AGI-2; all: these five one after the other
+#   arc1, arc2   ARC-AGI-1, ARC-AGI-2; all: the five published ones in turn
 #   arc1-fast    the same on small canvases, 0.4 of the arithmetic; arc2-fast
 #   gpu-check    ten minutes on one GPU: is it right here, and how fast?
 #   test, setup  the tests; only the Python environment .venv

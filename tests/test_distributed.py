@@ -62,7 +62,7 @@ def pair(tmp_path_factory, boards):
     """The folder of a run of 20 steps on two ranks that nothing disturbed."""
     tmp = tmp_path_factory.mktemp("pair")
     code, text, _ = under_torchrun(tmp, "nothing", *flags(boards, "run", *LONGER))
-    assert code == 0 and "Warning" not in text, text     # of torch, about what it will drop
+    assert code == 0 and "FutureWarning" not in text, text      # of what torch will drop
     return tmp
 
 

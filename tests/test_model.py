@@ -282,6 +282,7 @@ def test_inner_widths_are_rounded_up():
     cfg, narrow = Config(), Config(expansion=2.0, width_multiple=64)
     assert [cfg.inner_width(n) for n in (512, 97, 64)] == [1536, 512, 256]      # as published
     assert [narrow.inner_width(n) for n in (512, 97, 64)] == [704, 192, 128]
+    assert Config(expansion=0.01, width_multiple=8).inner_width(64) == 8        # not 0
 
 
 @pytest.mark.parametrize("seq_len", [16, 36, 81])

@@ -64,6 +64,16 @@ def test_exported_weights_load_back(tmp_path, split, capsys, cfg):
     assert content["data"] == content["data_test"] == [str(split.dirs[0])]
 
 
+def test_narrow_weights_say_who_can_load_them(tmp_path, split, capsys):
+    """Exported with their configuration only this code loads them, and without it nobody."""
+    cfg, out = replace(TINY, expansion=2.0, width_multiple=64), tmp_path / "out.pt"
+    hub.main(["export", str(save_run(tmp_path / "run", split, model_of(cfg))), str(out)])
+    assert "only this code loads them" in capsys.readouterr().out
+    (tmp_path / "out.config.json").unlink()
+    with pytest.raises(UserError, match="do not fit: .*mlp_in.* follow from expansion and width_multiple"):
+        build(*load(out, puzzle_emb_len=TINY.puzzle_emb_len, num_heads=TINY.num_heads, **CYCLES))
+
+
 @pytest.mark.parametrize("cfg", [CFG, ATTENTION, replace(LEARNED, num_layers=2)])
 def test_exported_weights_without_their_configuration(tmp_path, capsys, cfg):
     """The same model by what messages ask for."""
