@@ -312,7 +312,7 @@ def push(name, path, content, cfg, state, averaged):
     """Upload published weights, their configuration, and what eval.py measured. Raises UserError."""
     from huggingface_hub import HfApi
     file, cure = path.with_name("results.json"), f"score it first: python eval.py --checkpoint {path}"
-    results = read_json(file, cure)
+    results = read_json(file, cure, dict)
     scored, effort = results.get("about", {}).get("checkpoint", "an unknown file"), results.get("effort", {})
     if {**effort, "steps": None} != {"steps": None, "halt": None, "rollouts": 1, "noise": 0.0, "augment": 0}:
         raise UserError(f"{file} is not of a plain evaluation, which pushed weights are known by; {cure}")

@@ -81,7 +81,8 @@ big() {  # big PRESET [flags]
 small() {  # small PRESET [--source DIR] [flags]: on a CPU, anew each time; sets folder, that of the run
   local preset=$1 from=; shift
   [ "${1:-}" != --source ] || { from="--source=${2:?}"; shift 2; }
-  [ "$preset" != mini-arc ] || stage "dataset of $preset" run "$PY" -m prepare mini-arc mini-arc-tune $from
+  [ "$preset" != mini-arc ] ||
+    stage "dataset of $preset" run "$PY" -m prepare mini-arc mini-arc-tune ${from:+"$from"}
   folder=runs/$preset-$(date +%Y%m%d-%H%M%S)
   [[ " $* " = *" --run-dir "* ]] || set -- --run-dir "$folder" "$@"
   set -- --preset "$preset" "$@"
@@ -92,18 +93,9 @@ small() {  # small PRESET [--source DIR] [flags]: on a CPU, anew each time; sets
     run "$PY" baselines.py data/arc-6x6-mini data/arc-6x6-mini-tune --checkpoint "$folder"
 }
 
-minis() {  # minis [--source DIR] [flags]
-  local preset folders=() from=()
-  [ "${1:-}" != --source ] || { from=(--source "${2:?}"); shift 2; }
-  small mini "$@"; folders+=("$folder")
-  small mini-maze "$@"; folders+=("$folder")
-  small mini-arc ${from[@]+"${from[@]}"} "$@"; folders+=("$folder")
-  run "$PY" results.py "${folders[@]}"
-}
-
 main() {
-  local preset job=${1:-mini} jobs="mini mini-maze mini-arc minis test gpu-check sudoku sudoku-fast sudoku-att
-    maze arc1 arc1-fast arc2 arc2-fast all setup"
+  local preset folders=() job=${1:-mini} jobs="mini mini-maze mini-arc minis test gpu-check sudoku sudoku-fast
+    sudoku-att maze arc1 arc1-fast arc2 arc2-fast all setup"
   [ $# = 0 ] || shift
   case $job in -h | --help) usage; return ;; esac
   [[ " $(echo $jobs) " = *" $job "* ]] || die "unknown job '$job'; one of:" $jobs
@@ -113,7 +105,9 @@ main() {
     test) stage test run "$PY" -m pytest -q tests "$@" ;;
     gpu-check) stage gpu-check run "$PY" gpu_check.py "$@" ;;
     mini | mini-maze | mini-arc) small "$job" "$@" ;;
-    minis) minis "$@" ;;
+    minis)  # --source DIR matters to the last alone
+      for preset in mini mini-maze mini-arc; do small "$preset" "$@"; folders+=("$folder"); done
+      run "$PY" results.py "${folders[@]}" ;;
     all) count_gpus; for preset in sudoku sudoku-att maze arc1 arc2; do big "$preset" "$@"; done ;;
     *) count_gpus; big "$job" "$@" ;;
   esac
