@@ -25,16 +25,13 @@ from model import Batch, act_loss, compile_model, flops, row_scores
 from vote import ArcVotes, test_puzzles
 
 
-def open_run(preset, world, rows=None, dtype=None):
+def open_run(preset, world, rows=None, **changes):
     """(train.Run with random weights, [Batch of random boards of every part]); the arguments are those of
     bench. Only with canvases the data must be there, which say how many rows lie on each."""
     known = prepare.known(train.PRESETS[preset]["data"][0])
     if not known:
         raise UserError(f"--preset {preset}: the shape of its data is not known; add them to prepare.KNOWN")
-    parser = train.flags()
-    parser.set_defaults(**train.PRESETS[preset])
-    settings = parser.parse_args(["--allow-cpu"])
-    settings.dtype = dtype or settings.dtype
+    settings = train.flags(**{**train.PRESETS[preset], **changes}).parse_args(["--allow-cpu"])
     if settings.dtype == "auto":    # rank 0 decides
         settings.dtype = world.gather_objects(common.fastest_dtype(world.device))[0]
     split = train.open_data(settings, world)[0] if settings.canvases else None
@@ -87,15 +84,15 @@ def median_ms(calls, rounds, device, dtype):
     return {name: 1000 * float(np.median(s)) for name, s in seconds.items()}, float(np.median(peaks))
 
 
-def bench(preset, world, rows=None, dtype=None, compiled=True, rounds=5):
+def bench(preset, world, rows=None, compiled=True, rounds=5, **changes):
     """A row {name: value} for a preset: its training step and, after "evaluation_", a whole evaluation.
 
     world: common.World(0, 1, device) for one process. rows: of a rank, by default what fits a small GPU, or a
-    CPU. dtype: by default the preset's. FLOPs and TFLOP/s are of one rank; memory: None without a GPU."""
+    CPU. changes: of the preset's settings. FLOPs and TFLOP/s are of one rank; memory: None without a GPU."""
     device, on_gpu = world.device, world.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)      # another preset may have run before
-    run, batches = open_run(preset, world, rows, dtype)
+    run, batches = open_run(preset, world, rows, **changes)
     compiled = compiled and not common.compiler_lacks(device)
     if compiled:
         compile_model(run.model)
@@ -168,7 +165,8 @@ def main(argv=None):
         parser.alone(args, "votes")
         return report(bench_votes(args.votes))
     world = common.start_world(args.device, 600)       # seconds until a dead rank ends the others
-    row = bench(args.preset, world, args.rows, args.dtype, args.compile, args.steps)
+    changes = {"dtype": args.dtype} if args.dtype else {}
+    row = bench(args.preset, world, args.rows, args.compile, args.steps, **changes)
     if world.rank == 0:
         report(row)
     world.close()

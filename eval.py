@@ -430,22 +430,18 @@ def flags():
     add("--save-preds", action="store_true", help="write predictions.npz")
     add("--show", type=count, metavar="N", help="draw N test puzzles: show.png")
     add("--compare", nargs=2, metavar=("A", "B"), help="two results.json: is B better?")
-    effort_flags(parser.add_argument_group("compute at test time").add_argument)
+    add = parser.add_argument_group("compute at test time").add_argument
+    add("--steps", type=count, metavar="N", help="supervision steps")
+    add("--halt", action="store_true", help="stop a row when it is sure, fill its slot")
+    add("--halt-threshold", type=within(float, -1e9, 1e9), default=0.0, metavar="Q",
+        help="of --halt: q_halt above it is sure")
+    add("--rollouts", type=count, default=1, metavar="K", help="tries; the surest wins")
+    add("--noise", type=within(float, 0), default=0.0, help="on the states of tries 2 .. K")
+    add("--augment", type=within(int, 0), default=0, metavar="K", help="vote with K symmetric copies")
     add = parser.add_argument_group("run").add_argument
     add("--batch-size", type=count, metavar="N", help="of one rank; default: by device")
     add("--compile", action=onoff, help="torch.compile; default: on a GPU")
     return parser
-
-
-def effort_flags(add):
-    """The flags of Effort; shared with solve.py."""
-    add("--steps", type=within(int, 1), metavar="N", help="supervision steps")
-    add("--halt", action="store_true", help="stop a row when it is sure, fill its slot")
-    add("--halt-threshold", type=within(float, -1e9, 1e9), default=0.0, metavar="Q",
-        help="of --halt: q_halt above it is sure")
-    add("--rollouts", type=within(int, 1), default=1, metavar="K", help="tries; the surest wins")
-    add("--noise", type=within(float, 0), default=0.0, help="on the states of tries 2 .. K")
-    add("--augment", type=within(int, 0), default=0, metavar="K", help="vote with K symmetric copies")
 
 
 def effort_of(args):

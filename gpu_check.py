@@ -19,7 +19,6 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import common  # before torch, for a Ctrl-C while that is imported
 import numpy as np
@@ -166,15 +165,12 @@ def attention(device, rows, length, backward, compiled=True, calls=20, heads=8, 
 def preset(device, name, rows, attention="flex", compiled=True, rounds=3):
     """A training step of a preset, its rows halved until they fit, beside the matrix product measured here,
     the card's published peak, and the memory that model.train_bytes foresees."""
-    settings, parser = {**train.PRESETS[name], "attention": attention}, train.flags()
-    parser.set_defaults(**settings)
-    args = parser.parse_args([])
+    args = train.flags(**{**train.PRESETS[name], "attention": attention}).parse_args([])
     cfg = train.config_of(args, prepare.known(args.data[0]).shape)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
     while rows > 1 and 1.05 * train_bytes(cfg, rows, rows) > free:
         rows //= 2
-    with mock.patch.dict(train.PRESETS, {name: settings}):      # bench takes a preset by its name
-        found = bench(name, common.World(0, 1, device), rows, compiled=compiled, rounds=rounds)
+    found = bench(name, common.World(0, 1, device), rows, compiled, rounds, attention=attention)
     card = found["device"].removeprefix("NVIDIA ")
     peak = next((peak for pattern, peak in CARDS.items() if re.fullmatch(pattern, card)), None)
     return {"rows": rows, "ms": found["ms"], "tflops": found["tflops"], "of_product": found["share_of_peak"],

@@ -177,22 +177,12 @@ def copies_of(opened, task_id, examples, args, side):
     return model, list(range(len(augs))), augs
 
 
-def name_of(puzzle):
-    return Path(puzzle).stem if os.path.exists(puzzle) else "the task"
-
-
-def first_task(opened):
-    """(id, task) of the first of test_puzzles.json. Raises UserError."""
-    return next(iter(test_puzzles(opened.split).items()))
-
-
 def canvas_of(opened, task):
     """Side of the canvas that a task lies on, as data.put_on_canvases has it; 30 without canvases. Raises
     UserError."""
     canvases = sorted(opened.content.get("settings", {}).get("canvases") or [arc.SIDE])
-    grids = [e["output"] for e in task["train"]]
-    grids += [e["input"] for e in (*task["train"], *task["test"])]
-    largest = max(max(len(grid), len(grid[0])) for grid in grids)
+    asked = [{"input": example["input"]} for example in task["test"]]   # an output is never looked at
+    largest = arc.side_of({**task, "test": asked})
     if largest > canvases[-1]:
         raise UserError(f"a grid of the task is {largest} cells long, the largest canvas of the checkpoint "
                         f"{canvases[-1]}; take another checkpoint")
@@ -202,7 +192,7 @@ def canvas_of(opened, task):
 def solve_task(opened, task_id, task, args, steps):
     """Answer every test input of an ARC task by the vote of its copies: (False when a known output is missed,
     draw.Thoughts of the first input)."""
-    examples = [tuple(np.array(e[part], np.uint8) for part in ("input", "output")) for e in task["train"]]
+    examples = [arc.arrays(example) for example in task["train"]]
     side = canvas_of(opened, task)
     model, rows, augs = copies_of(opened, task_id, examples, args, side)
     verdicts, seen = [], []
@@ -275,7 +265,11 @@ def main(argv=None):
     kind, cfg = kind_of(opened, args), opened.model.cfg
     side, steps = isqrt(cfg.seq_len), args.steps or cfg.halt_max_steps
     if kind == "arc":
-        task_id, task = first_task(opened) if text is None else (name_of(args.puzzle), read_task(text))
+        if text is None:
+            task_id, task = next(iter(test_puzzles(opened.split).items()))
+        else:
+            task_id = Path(args.puzzle).stem if os.path.exists(args.puzzle) else "the task"
+            task = read_task(text)
         right, seen = solve_task(opened, task_id, task, args, steps)
     else:
         read = read_sudoku if kind == "sudoku" else read_maze

@@ -78,7 +78,8 @@ MATTERS = ("preset", "global_batch_size", "seed", "eval_interval", "canvases")
 # ---------------------------------------------------------------------------------------------
 # Settings
 
-def flags():
+def flags(**defaults):
+    """defaults: in place of those of the flags, as a row of PRESETS says them."""
     parser = Parser(__doc__)
     onoff, count = argparse.BooleanOptionalAction, within(int, 1)
     add = parser.add_argument_group("what").add_argument
@@ -114,6 +115,7 @@ def flags():
     add("--dist-timeout", metavar="X", type=within(float, 1), default=600.0,
         help="seconds until a dead rank ends the run")
     add("--allow-cpu", action="store_true", help="train a big preset without a GPU")
+    parser.set_defaults(**defaults)
     return parser
 
 
@@ -148,8 +150,7 @@ def settings(argv, world):
     path, checkpoint, notes = find_checkpoint(args) if world.rank == 0 else (None, None, [])
     saved = checkpoint and {k: v for k, v in checkpoint["settings"].items() if k in vars(args)}
     path, saved, notes = world.gather_objects((path, saved, notes))[0]
-    parser = flags()
-    parser.set_defaults(**({**saved, "run_dir": str(path.parent)} if saved else PRESETS[args.preset]))
+    parser = flags(**({**saved, "run_dir": str(path.parent)} if saved else PRESETS[args.preset]))
     base, args = parser.parse_args([]), parser.parse_args(argv)
     for name, old in (saved or {}).items():
         new = getattr(args, name)

@@ -3,7 +3,6 @@
 A forked run begins with torch imported, and a hook can end it at any event, so that a test of 20 crashes
 takes seconds.
 """
-import json
 import multiprocessing
 import os
 import random
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tiny_arc import pair, write_source
 
 import common
 import data
@@ -53,18 +53,19 @@ def sudoku_dir(folder):
     return folder
 
 
+def flipped(rng, height, width):
+    """A pair of an ARC task: a random grid, and the same upside down."""
+    grid = rng.randint(0, 10, (height, width))
+    return pair(grid, grid[::-1])
+
+
 def arc_dir(folder):
     """Three small tasks, one with two test inputs; two augmentations each; built from files in `folder`."""
-    rng = np.random.RandomState(0)
-
-    def pair():
-        grid = rng.randint(0, 10, (rng.randint(2, 5), rng.randint(2, 5)))
-        return {"input": grid.tolist(), "output": grid[::-1].tolist()}
-    tasks = {f"task{i}": {"train": [pair(), pair()], "test": [pair() for _ in range(1 + (i == 1))]}
-             for i in range(3)}
-    solutions = {name: [e.pop("output") for e in task["test"]] for name, task in tasks.items()}
-    (folder / "arc-agi_evaluation_challenges.json").write_text(json.dumps(tasks))
-    (folder / "arc-agi_evaluation_solutions.json").write_text(json.dumps(solutions))
+    rng, tasks = np.random.RandomState(0), {}
+    for i in range(3):
+        pairs = [flipped(rng, rng.randint(2, 5), rng.randint(2, 5)) for _ in range(3 + (i == 1))]
+        tasks[f"task{i}"] = {"train": pairs[:2], "test": pairs[2:]}
+    write_source(folder, {"evaluation": tasks})
     arc.main(["--source", str(folder), "--subsets", "evaluation", "--num-aug", "2",
               "--output-dir", str(folder / "built")])
     return folder / "built"
@@ -72,16 +73,11 @@ def arc_dir(folder):
 
 def write_source_of_sizes(folder, sizes):
     """Kaggle's files of a subset `evaluation`, a task of every size: its largest grid is size x size."""
-    rng, tasks, solutions = np.random.RandomState(0), {}, {}
+    rng, tasks = np.random.RandomState(0), {}
     for i, size in enumerate(sizes):
-        def pair(height, width):
-            grid = rng.randint(0, 10, (height, width))
-            return {"input": grid.tolist(), "output": grid[::-1].tolist()}
-        tests = [pair(size - 1, 2)]
-        solutions[f"task{i}"] = [e.pop("output") for e in tests]
-        tasks[f"task{i}"] = {"train": [pair(size, size), pair(2, size - 1)], "test": tests}
-    (folder / "arc-agi_evaluation_challenges.json").write_text(json.dumps(tasks))
-    (folder / "arc-agi_evaluation_solutions.json").write_text(json.dumps(solutions))
+        tests = [flipped(rng, size - 1, 2)]
+        tasks[f"task{i}"] = {"train": [flipped(rng, size, size), flipped(rng, 2, size - 1)], "test": tests}
+    write_source(folder, {"evaluation": tasks})
 
 
 def model_of(cfg=TINY, seed=0):
@@ -165,10 +161,6 @@ def png_size(path):
     header = Path(path).read_bytes()[:24]
     assert header[1:4] == b"PNG"
     return struct.unpack(">II", header[16:])
-
-
-def png_width(path):
-    return png_size(path)[0]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from tiny_arc import pair, write_source
 
 import baselines
 import eval as scoring
-import prepare
 from common import UserError
 from data import Split
 from prepare import arc
@@ -198,9 +197,3 @@ def test_one_task_has_no_other(tmp_path):
     run = save_run(tmp_path / "run", split, arc_model(split))
     with pytest.raises(UserError, match="built has 1 task: there is no other one"):
         baselines.main([folder, "--checkpoint", str(run)])
-
-
-def test_help_is_a_screen_of_80_columns(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    for parser in (baselines.flags(), prepare.flags()):
-        assert max(map(len, parser.format_help().splitlines())) <= 80

@@ -17,7 +17,7 @@ from common import UserError
 from data import Split, write_dataset
 from model import Batch, act_loss, build
 from prepare import maze
-from runs import ALONE, ARC_CFG, ROOT, TINY, Oracle, altered, arc_model, boards, model_of, png_width, \
+from runs import ALONE, ARC_CFG, ROOT, TINY, Oracle, altered, arc_model, boards, model_of, png_size, \
     save_run, torchrun
 
 
@@ -229,7 +229,7 @@ def test_results_of_a_run_folder(tmp_path, split, capsys):
         "inputs": (22, 16), "labels": (22, 16), "preds": (22, 16), "puzzle_identifiers": (22,),
         "q_halt_logits": (22,)}
     assert (preds["preds"] == preds["labels"]).all(1).mean() == pytest.approx(results["metrics"]["exact_acc"])
-    assert png_width(out / "show.png") == 1200
+    assert png_size(out / "show.png")[0] == 1200
 
 
 def test_min_exact_limit_and_default_output(tmp_path, split, capsys):
@@ -515,7 +515,7 @@ def test_regression(tmp_path):
     assert 0 < results["metrics"]["within_tolerance"] < 1
     assert list(results["intervals"]) == ["within_tolerance"]
     assert np.load(run / "predictions.npz")["preds"].shape == (9, 16, 1)
-    assert png_width(run / "show.png") == 1200
+    assert png_size(run / "show.png")[0] == 1200
 
 
 def test_two_processes_give_the_figures_of_one(tmp_path, arc_dir):

@@ -28,12 +28,8 @@ OTHERS = {"uv", "source", "pip", "git", "cd", "wandb"}      # commands that are 
 FOREIGN = {"--torch-backend", "--compile-bytecode", "--max-restarts", "--nproc_per_node", "--slow"}
 
 
-def flags_of(script):
-    return importlib.import_module(script.removesuffix(".py").replace("/", ".")).flags()
-
-
-def main_of(script):
-    return importlib.import_module(script.removesuffix(".py")).main
+def module_of(script):
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
 
 
 def shown_commands():
@@ -63,14 +59,9 @@ def script_of(command):
     return (None, []) if at is None else (words[at], words[at + 1:])
 
 
-def speedrun_jobs():
-    text = (ROOT / "speedrun.sh").read_text()
-    return set(re.search(r'jobs="([^"]*setup)"', text).group(1).split())
-
-
-def inference_jobs():
-    text = (ROOT / "speedrun-inference.sh").read_text()
-    return {*re.search(r'presets="([^"]*)"', text).group(1).split(), "all"}
+def jobs_of(script):
+    """Those that a shell script takes: a list in its text, and "all" of them."""
+    return {*re.search(r'(?:jobs|presets)="([^"]*)"', (ROOT / script).read_text())[1].split(), "all"}
 
 
 COMMANDS = shown_commands()
@@ -81,12 +72,12 @@ def test_command_is_understood(document, command):
     words, (script, arguments) = words_of(command), script_of(command)
     if words[0] in ("./speedrun.sh", "./speedrun-inference.sh"):
         inference, job = "inference" in words[0], [*words, "mini"][1]
-        assert job in (inference_jobs() if inference else speedrun_jobs()), f"{document}: {command}"
+        assert job in jobs_of(words[0]), f"{document}: {command}"
         if job not in ("test", "setup"):
-            flags_of("eval.py" if inference else "train.py").parse_args(words[2:])
+            module_of("eval.py" if inference else "train.py").flags().parse_args(words[2:])
     elif script:
         assert words[0] in ("python", "torchrun"), f"{document}: {command}"
-        flags_of(script).parse_args(arguments)
+        module_of(script).flags().parse_args(arguments)
     elif words[:3] == ["python", "-m", "prepare"]:
         names = prepare.flags().parse_args(words[3:]).names
         assert set(names) <= set(prepare.KNOWN), f"{document}: {command}"
@@ -156,7 +147,7 @@ def make_data(folder, boards):
 
 def arguments_here(script, arguments, trained):
     """The arguments, shrunk; what they name is made in the working directory."""
-    args = flags_of(script).parse_args(arguments)
+    args = module_of(script).flags().parse_args(arguments)
     if script == "train.py":
         return train_here(args, arguments, trained)
     if script == "bench.py" and not args.votes:
@@ -186,9 +177,7 @@ def arguments_here(script, arguments, trained):
 
 
 def train_here(args, arguments, trained):
-    parser = train.flags()
-    parser.set_defaults(**train.PRESETS[args.preset])
-    args = parser.parse_args(arguments)
+    args = train.flags(**train.PRESETS[args.preset]).parse_args(arguments)
     for folder in {*args.data, *(args.data_test or [])}:
         make_data(folder, trained["boards"])
     if args.init:       # weights of a run of the same preset
@@ -226,7 +215,7 @@ def test_command_runs(command, place, trained, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts[1])
     script, arguments = script_of(command)
     before = set(place.rglob("*"))
-    code = main_of(script)(arguments_here(script, arguments, trained))
+    code = module_of(script).main(arguments_here(script, arguments, trained))
     assert code in (0, None) or script == "solve.py" and code == 1, code    # 1: it was not solved
     assert set(place.rglob("*")) - before
 
@@ -245,10 +234,10 @@ def test_jobs_in_the_readme_are_the_presets():
     assert set(rows) == set(train.PRESETS), rows
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "prepare"])
 def test_help_is_two_screens_of_80_columns(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    lines = flags_of(script).format_help().splitlines()
+    lines = module_of(script).flags().format_help().splitlines()
     assert len(lines) <= 120, len(lines)
     assert not [line for line in lines if len(line) > 80]
 
@@ -260,7 +249,7 @@ def test_files_and_flags_that_the_readme_names_exist():
     assert [name for name in named if not (ROOT / name).exists()] == []
     known = set()
     for script in SCRIPTS:
-        known.update(flags_of(script)._option_string_actions)
+        known.update(module_of(script).flags()._option_string_actions)
     unknown = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", prose)) - known - FOREIGN
     assert not unknown, unknown
 

@@ -16,7 +16,7 @@ import vote
 from common import UserError
 from data import Split, write_dataset
 from prepare import arc, maze
-from runs import ARC_CFG, TINY, Oracle, arc_dir, arc_model, boards, model_of, png_width, save_run
+from runs import ARC_CFG, TINY, Oracle, arc_dir, arc_model, boards, model_of, png_size, save_run
 
 SIDE = 6
 MAZE_CFG = replace(TINY, vocab_size=6, seq_len=SIDE ** 2, halt_max_steps=3)
@@ -93,7 +93,7 @@ def test_sudoku_is_solved_and_checked_by_the_rules(run, oracle, capsys, tmp_path
     assert f"steps 4, q_halt +3.00; the answer last changed at step {needs}\n" in verdict
     assert "\033" not in printed and needs > 1, "else this test shows little"
     with Image.open(tmp_path / "a.gif") as gif:
-        assert png_width(tmp_path / "a.png") == 1200 and (gif.n_frames, gif.size[0]) == (4, 800)
+        assert png_size(tmp_path / "a.png")[0] == 1200 and (gif.n_frames, gif.size[0]) == (4, 800)
     assert "steps 5, " in go(run, TEXT, "--steps", "5", capsys=capsys)
 
 
@@ -206,7 +206,7 @@ def test_maze_from_a_text_file(maze_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(solve, "thoughts", lambda *args: found)
     printed = go(run, tmp_path / "maze.txt", "--png", tmp_path / "m.png", capsys=capsys)
     assert "RIGHT: the answer is a shortest path" in printed and "last changed at step 2" in printed
-    assert printed.splitlines()[1] == " ".join("#" * SIDE) and png_width(tmp_path / "m.png") == 1200
+    assert printed.splitlines()[1] == " ".join("#" * SIDE) and png_size(tmp_path / "m.png")[0] == 1200
 
 
 def test_a_maze_may_be_written_in_many_ways(maze_run):
@@ -247,7 +247,7 @@ def test_unknown_task_is_answered_from_the_mean_row(tmp_path, arc_run, capsys):
     printed = go(arc_run, write_task(tmp_path), "--augment", "2", *pictures, code=1, capsys=capsys)
     assert "flip has no row in the checkpoint's table" in printed and "of 3 votes" in printed
     assert "test input 2:" in printed and printed.count("WRONG") == 1, "nobody knows the other two"
-    assert png_width(tmp_path / "t.png") == 1200 and (tmp_path / "t.gif").exists()
+    assert png_size(tmp_path / "t.png")[0] == 1200 and (tmp_path / "t.gif").exists()
 
 
 def test_the_voted_answer_is_told_right(tmp_path, arc_run, capsys, monkeypatch):
