@@ -342,8 +342,7 @@ def open_model(args, world, needs_data=True, reset=False):
     if bool(args.checkpoint) == bool(args.hf):
         raise UserError("give one of --checkpoint and --hf")
     path, settings, known = hub.fetch(args.hf, world) if args.hf else (find_file(args.checkpoint), {}, None)
-    given = {k: getattr(args, k) for k in ("H_cycles", "L_cycles", "num_heads", "puzzle_emb_len", "dtype")}
-    settings |= {k: v for k, v in given.items() if v is not None}
+    settings |= {k: v for k, v in vars(args).items() if k in hub.FIELDS and v is not None}
     content = hub.load_weights(path)
     dataset = prepare.KNOWN.get(known)
     dirs = args.data or content.get("data_test") or ([dataset.folder] if dataset else [])
@@ -523,12 +522,11 @@ def write_results(args, world, opened, results, found, output):
              "right.npz": lambda path: write_npz(path, row=rows, right=right, data=data)}
     if found.votes:
         files["submission.json"] = lambda path: write_json(path, found.votes.submission())
-    if keep:
-        scores = joined(mine)
+    scores = joined(mine) if keep else None
+    if args.save_preds:
         inputs, labels, ids = split.gather(scores.examples)
         arrays = dict(inputs=inputs, labels=labels, puzzle_identifiers=ids, preds=scores.preds,
                       q_halt_logits=scores.q)
-    if args.save_preds:
         files["predictions.npz"] = lambda path: write_npz(path, **arrays)
     if args.show:
         cfg = opened.model.cfg

@@ -44,22 +44,18 @@ SUDOKU = dict(data=[prepare.KNOWN["sudoku"].folder], epochs=50_000, eval_interva
 ARC = dict(epochs=100_000, eval_interval=5_000, eval_limit=40_000)  # of 386,000 rows, 965 a task
 CANVASES = [11, 16, 21, 30]
 NARROW = dict(expansion=2.0, width_multiple=64)     # SwiGLUs of at most half the width: see REPORT.md
+MINI = dict(hidden_size=64, H_cycles=1, puzzle_emb_len=1, puzzle_emb_ndim=64, dtype="auto",
+            global_batch_size=64, lr_warmup_steps=100, ema=0.99, ema_warmup=True)
 PRESETS = {
-    "mini": dict(data=[prepare.KNOWN["mini"].folder], mixer="mlp", pos_encodings="none", hidden_size=64,
-                 num_heads=1, H_cycles=1, L_cycles=1, puzzle_emb_len=1, puzzle_emb_ndim=64, dtype="auto",
-                 global_batch_size=64, lr=8e-3, puzzle_emb_lr=4e-3, lr_warmup_steps=100, lr_min_ratio=0.0,
-                 weight_decay=0.5, puzzle_emb_weight_decay=0.5, ema=0.99, ema_warmup=True,
-                 train_max_steps=[2, 8], epochs=85, eval_interval=17, **NARROW),
-    "mini-maze": dict(data=[prepare.KNOWN["mini-maze"].folder], score_mod="grid", pos_encodings="none",
-                      hidden_size=64, num_heads=8, H_cycles=1, L_cycles=2, halt_max_steps=8,
-                      halt_exploration_prob=1.0, puzzle_emb_len=1, puzzle_emb_ndim=64, loss="softmax",
-                      dtype="auto", global_batch_size=64, lr=3e-3, puzzle_emb_lr=4e-3, lr_warmup_steps=100,
-                      lr_min_ratio=0.6, ema=0.99, ema_warmup=True, train_max_steps=[4, 6]),
-    "mini-arc": dict(data=[prepare.KNOWN["mini-arc-tune"].folder], canvases=[6], pos_encodings="learned",
-                     hidden_size=64, num_heads=2, num_layers=1, H_cycles=1, L_cycles=1, halt_max_steps=2,
-                     puzzle_emb_len=1, puzzle_emb_ndim=64, loss="softmax", dtype="auto",
-                     global_batch_size=64, lr=2e-3, puzzle_emb_lr=5e-2, lr_warmup_steps=100,
-                     lr_min_ratio=0.0, ema=0.99, ema_warmup=True, train_max_steps=[1, 2], epochs=3600,
+    "mini": dict(MINI, data=[prepare.KNOWN["mini"].folder], mixer="mlp", pos_encodings="none", num_heads=1,
+                 L_cycles=1, lr=8e-3, puzzle_emb_lr=4e-3, lr_min_ratio=0.0, weight_decay=0.5,
+                 puzzle_emb_weight_decay=0.5, train_max_steps=[2, 8], epochs=85, eval_interval=17, **NARROW),
+    "mini-maze": dict(MINI, data=[prepare.KNOWN["mini-maze"].folder], score_mod="grid", pos_encodings="none",
+                      num_heads=8, L_cycles=2, halt_max_steps=8, halt_exploration_prob=1.0, loss="softmax",
+                      lr=3e-3, puzzle_emb_lr=4e-3, lr_min_ratio=0.6, train_max_steps=[4, 6]),
+    "mini-arc": dict(MINI, data=[prepare.KNOWN["mini-arc-tune"].folder], canvases=[6], num_heads=2,
+                     pos_encodings="learned", num_layers=1, L_cycles=1, halt_max_steps=2, loss="softmax",
+                     lr=2e-3, puzzle_emb_lr=5e-2, lr_min_ratio=0.0, train_max_steps=[1, 2], epochs=3600,
                      eval_interval=900, **NARROW),
     "sudoku": dict(SUDOKU, mixer="mlp", pos_encodings="none"),
     "sudoku-fast": dict(SUDOKU, mixer="mlp", pos_encodings="none", **NARROW),
@@ -269,22 +265,19 @@ def must_match(checkpoint, cfg, data):
 def batches(run, split):
     """Yield ([Batch of every part] on the CPU, cursors after them) for this rank, from the run's cursors on
     to its end."""
-    args, step, start = run.args, run.step, 0
-    shares = []     # of each part: this rank's rows in it, and where they are in the global batch
-    for part, rows in zip(run.parts, run.rows_of):
-        mine = slice(run.world.rank * rows, (run.world.rank + 1) * rows)
-        shares.append((part.side, mine, slice(start + mine.start, start + mine.stop)))
-        start += part.rows
+    args, rank, step = run.args, run.world.rank, run.step
+    G, on_gpu = args.global_batch_size, run.world.device.type == "cuda"
     for drawn in orders(split, run.parts, args.seed, args.epochs, args.eval_interval, run.cursors):
         step += 1
-        least = exploration(args.seed, step, start, args.halt_exploration_prob, args.halt_max_steps)
-        place, parts = places(args.seed, step, start), []
-        for (side, mine, rows), (examples, puzzles, _) in zip(shares, drawn):
-            arrays = *split.gather(examples[mine], puzzles[mine], side=side, place=place[rows]), least[rows]
-            batch = Batch(*map(torch.from_numpy, arrays))
+        least = exploration(args.seed, step, G, args.halt_exploration_prob, args.halt_max_steps)
+        place, parts, start = places(args.seed, step, G), [], 0
+        for part, rows, (examples, puzzles, _) in zip(run.parts, run.rows_of, drawn):
+            mine = slice(rank * rows, (rank + 1) * rows)    # of the rows of the part
+            arrays = split.gather(examples[mine], puzzles[mine], side=part.side, place=place[start:][mine])
+            batch = Batch(*map(torch.from_numpy, (*arrays, least[start:][mine])))
             # pinned memory is copied to a GPU while it computes
-            on_gpu = run.world.device.type == "cuda"
             parts.append(Batch(*(t.pin_memory() for t in batch)) if on_gpu else batch)
+            start += part.rows      # where the next part begins in the global batch
         yield parts, [cursor for _, _, cursor in drawn]
 
 
@@ -444,9 +437,8 @@ def train(run, split, test, log):
                 tick = time.perf_counter()
             if saves:
                 save(run)
-            if evaluates and stop <= LIMIT:
-                outcome = evaluate_and_log(run, test, log, signals)
-            if saves:
+                if evaluates and stop <= LIMIT:
+                    outcome = evaluate_and_log(run, test, log, signals)
                 tick = time.perf_counter()      # saving and evaluating is no training
             if stop:
                 break
