@@ -91,7 +91,7 @@ def test_own_task(tmp_path, capsys):
     assert split.meta["total_groups"] == 1000
     assert (inputs == inputs[0]).all() and (labels == labels[0]).all(), "8 turns of a board"
     metrics = fit(tmp_path / "flood", tmp_path / "run", *TINY, "--epochs", "8", "--lr", "6e-3",
-                  "--L-cycles", "1", "--global-batch-size", "32")
+                  "--L-cycles", "1", "--global-batch-size", "32", "--width-multiple", "256")
     assert metrics["exact_acc"] > 0.62 and metrics["cell_acc"] > 0.94, metrics     # 0.66 and 0.95 or more
     out = capsys.readouterr().out
     assert "flood/train: 8,000 examples, tokens inside 0..3" in out, out
