@@ -22,7 +22,7 @@ import yaml  # huggingface_hub brings it
 
 from common import Parser, UserError, cli, one_line, read_json, write_json
 from model import Config, read_config
-from rundir import WRAPPERS, find_file, load_file, save_file
+from rundir import find_file, load_file, save_file
 
 KNOWN = {   # published weights: T, n, and the dataset by its name in prepare.KNOWN
     "alphaXiv/trm-model-sudoku": (3, 6, "sudoku"), "alphaXiv/trm-model-maze": (3, 4, "maze"),
@@ -42,6 +42,8 @@ FIELDS = {f.name: f for f in fields(Config)}
 # The published format
 
 PREFIX = "model.inner."
+# keys under which others save their weights, the surest first
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "weights", "shadow")
 NAMES = {   # ours: theirs
     "embed_tokens": "embed_tokens.embedding_weight", "embed_pos": "embed_pos.embedding_weight",
     "puzzle_emb": "puzzle_emb.weights", "y0": "H_init", "z0": "L_init", "lm_head": "lm_head.weight",

@@ -27,10 +27,6 @@ from common import UserError, finite, one_line, replacing, write
 # ---------------------------------------------------------------------------------------------
 # Checkpoint files
 
-# keys under which others save their weights, the surest first
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "weights", "shadow")
-
-
 def save_file(path, content):
     """torch.save that is all or nothing: temporary file, fsync, rename. Raises OSError."""
     try:
