@@ -12,7 +12,7 @@ from runs import ROOT, Ranks, flags, last, log_of, run_ranks, same_run, steps_of
 # A training script that keeps what every rank was given and has at its end. Disturbed, rank 1 is killed at
 # step 10 of its first start, and torchrun gets a SIGTERM at step 16 of the second.
 SCRIPT = """
-import atexit, os, signal, sys, time
+import atexit, contextlib, os, signal, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 import common, runs, train
@@ -29,8 +29,17 @@ def watched(run, parts):
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(1)     # until torchrun passes it on, which the loop would outrun
 
+def names_of_threads():
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):      # it has just ended
+            yield open(f"/proc/self/task/{{task}}/comm").read()
+
 def threads():
-    names = [open(f"/proc/self/task/{{task}}/comm").read() for task in os.listdir("/proc/self/task")]
+    for _ in range(50):     # one that was joined is listed for a moment
+        names = list(names_of_threads())
+        if not any("gloo" in name for name in names):
+            break
+        time.sleep(0.1)
     open(f"threads{{rank}}", "w").writelines(names)
 
 def kept(run, *others):
