@@ -1,492 +1,758 @@
-"""Datasets on disk: writing them (all of prepare/ uses this) and turning them into batches.
+"""Datasets on disk, and how they become batches.
 
-A dataset is a folder. Examples belong to puzzles (a row of the puzzle table each) and puzzles to groups (an
-original and its augmentations); an epoch draws one puzzle of every group.
+A dataset is a folder. Examples belong to puzzles (each a row of the puzzle table), and puzzles to groups (an
+original and its augmentations). An epoch draws one puzzle from every group.
 
     DIR/identifiers.json                names of the rows of the puzzle table; row 0 is blank
-    DIR/recipe.json                     ours: the builder (it says what the boards are) and its arguments
-    DIR/test_puzzles.json               ARC only: the tasks to solve, whose answers may be unknown
+    DIR/recipe.json                     our builder (it tells the task) and its command line
+    DIR/test_puzzles.json               ARC only: the tasks to solve; their answers may be unknown
     DIR/{train,test}/dataset.json       vocab_size, seq_len, pad_id, ignore_label_id (null: none), counts
-    DIR/{train,test}/all__inputs.npy    (N, S) whole numbers: tokens below vocab_size
-    DIR/{train,test}/all__labels.npy    (N, S) likewise; ignore_label_id is neither trained on nor scored
-    DIR/{train,test}/all__puzzle_indices.npy      (P + 1,) examples of puzzle p: [p] .. [p + 1]
-    DIR/{train,test}/all__group_indices.npy       (G + 1,) puzzles of group g: [g] .. [g + 1]
+    DIR/{train,test}/all__inputs.npy    (N, S) integers: tokens below vocab_size
+    DIR/{train,test}/all__labels.npy    (N, S) integers; ignore_label_id is neither trained on nor scored
+    DIR/{train,test}/all__puzzle_indices.npy      (P + 1,) puzzle p has examples [p] .. [p + 1]
+    DIR/{train,test}/all__group_indices.npy       (G + 1,) group g has puzzles [g] .. [g + 1]
     DIR/{train,test}/all__puzzle_identifiers.npy  (P,) row of puzzle p in the puzzle table
 
-Numbers in place of tokens (regression). Embedding and head of the model become linear maps, the loss is the
-mean squared error where the mask is true, and a row is right when that is below --halt-tolerance.
+Regression: numbers instead of tokens. The model's embedding and head become linear maps, the loss is the mean
+squared error where the mask is true, and a row is exact when its loss is below --halt-tolerance.
 
-    dataset.json            {"task_type": "regression", "seq_len": S, "input_dim": I, "target_dim": T}; also
-                            "input_pad_value" (0.0): the inputs of rows that fill up a batch
-    all__inputs.npy         (N, S, I) float32; each may be .npz, with the array under its name or alone
+    dataset.json            {"task_type": "regression", "seq_len": S, "input_dim": I, "target_dim": T}, and
+                            optionally "input_pad_value" (0.0), which fills up short batches
+    all__inputs.npy         (N, S, I) float32; every array may also be .npz
     all__targets.npy        (N, S, T) float32
-    all__target_mask.npy    (N, S) bool: true where a target is trained on and scored; elsewhere it may be NaN
-    Without the three index files examples are alone and blank; then identifiers.json may be left out, too.
+    all__target_mask.npy    (N, S) bool, true where a target is trained on and scored
+    Without the three index files every example is a group of its own with the blank identifier.
 
-Latent episodes (regression, too): latents 1 .. T - 1 are predicted from 0 .. T - 2. No dataset.json.
+Latent episodes, also regression: latents 1 .. T - 1 are predicted from 0 .. T - 2. No dataset.json.
 
-    DIR/{train,test}/latents/episode_000.npz    `latents` (T, dim) floats, T at least 2, the same dim in all
-    DIR/{train,test}/metadata/episode_000.json  may say `group` and `set` (an epoch draws one episode of every
-                            group of a set; without a group it is alone) and `puzzle_identifier` (0: blank;
-                            without it, the next number that no episode has)
-    --seq-len cuts episodes into windows, examples of one puzzle; without it, the longest episode decides.
-    Positions see each other in both directions: of a window only the last target is not also an input.
-    At the start only headers are read; files are opened one at a time, when a batch needs them.
+    DIR/{train,test}/latents/episode_000.npz    `latents` (T, dim) floats, T at least 2
+    DIR/{train,test}/metadata/episode_000.json  optional: `group` and `set` (an epoch draws one episode from
+                            every group of a set) and `puzzle_identifier` (default: the next unused number)
+    --seq-len cuts episodes into windows, which are examples of one puzzle; by default the longest episode
+    sets the length. Files are opened one at a time, when a batch needs them.
 """
+
 import hashlib
 import json
-import os
-import shutil
-import tempfile
+import zipfile
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from math import isqrt, lcm
+from itertools import count
+from math import ceil, isqrt
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from common import UserError, read_json, sha256, write_json
-from examples import (AGAIN, INDEX, NUMBERS, TOKENS, Examples, alone, find_episodes, open_examples,
-                      starts)
-from prepare import board_kind, must_exist
+from prepare import INDEX_FILES, check_exists, singleton_index, task_of
+from tools.common import IGNORE_LABEL, read_json, require, user_error
+
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+FIRST_COLOUR = 2  # ARC tokens: 0 padding, 1 end line, then the ten colours
 
 # ---------------------------------------------------------------------------------------------
-# Writing
-
-DIHEDRAL_INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)
+# Reading files
 
 
-def dihedral(array, t):
-    """Transform t in 0..7 of the last two axes: identity, counter-clockwise turns by 90, 180 and 270 degrees,
-    left-right flip, up-down flip, transpose, left-right flip of the first turn.
-    DIHEDRAL_INVERSE[t] undoes it."""
-    if t >= 4:      # the other four are turns of the left-right flip
-        array, t = np.flip(array, -1), (0, 2, 1, 3)[t - 4]
-    return np.rot90(array, t, axes=(-2, -1))
+def read_npz(path, name, shape_only=False):
+    """The array `name` of an .npz file, or its only array if that has no name; or just the shape."""
+    with user_error(f"{path}: no readable array {name}", *READ_ERRORS), zipfile.ZipFile(path) as archive:
+        is_unnamed = archive.namelist() == ["arr_0.npy"]
+        with archive.open("arr_0.npy" if is_unnamed else f"{name}.npy") as f:
+            if not shape_only:
+                return np.lib.format.read_array(f)
+            np.lib.format.read_magic(f)
+            shape, _, _ = np.lib.format.read_array_header_1_0(f)
+            return shape
 
 
-@contextmanager
-def building(output_dir):
-    """Yield a temporary folder beside `output_dir` that takes its name when the block ends well.
-
-    A build that fails or is interrupted leaves nothing, and only a finished one replaces a dataset. Prints
-    sha256 and bytes of every file but recipe.json. Raises UserError when `output_dir` holds something else or
-    cannot be written."""
-    output_dir = Path(output_dir)
-    if output_dir.exists() and not (output_dir / "identifiers.json").exists() and any(output_dir.iterdir()):
-        raise UserError(f"--output-dir {output_dir} is there and is no dataset, so it is not replaced; "
-                        f"name another")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as parent:
-            folder = Path(parent) / output_dir.name
-            folder.mkdir()
-            yield folder
-            for path in sorted(folder.rglob("*")):
-                if path.is_file() and path.name != "recipe.json":
-                    name = output_dir / path.relative_to(folder)
-                    print(f"{sha256(path)}  {path.stat().st_size:>13,} bytes  {name}")
-            if output_dir.exists():
-                shutil.rmtree(output_dir)
-            os.replace(folder, output_dir)
-    except OSError as e:
-        raise UserError(f"{output_dir} could not be written ({e.strerror or e}); free some space there or "
-                        f"choose another --output-dir; nothing is left of it") from e
+def read_array(folder, name):
+    """all__NAME.npy, memory-mapped, or else the content of all__NAME.npz."""
+    path = folder / f"all__{name}.npy"
+    compressed = path.with_suffix(".npz")
+    if compressed.exists() and not path.exists():
+        return read_npz(compressed, name)
+    with user_error(path, *READ_ERRORS):
+        return np.load(path, mmap_mode="r")
 
 
-def save_npy(path, array, dtype=None):
-    """numpy.save, byte for byte, cast to `dtype` in pieces; floats become float32. A full disk raises its own
-    OSError, where numpy says only how many items are missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(np.float32 if array.dtype.kind == "f" else dtype or array.dtype)
-    header = {"descr": dtype.str, "fortran_order": False, "shape": array.shape}
-    with open(path, "wb") as f:
-        np.lib.format.write_array_header_1_0(f, header)
-        for i in range(0, len(array), 1 << 16):
-            f.write(np.ascontiguousarray(array[i:i + (1 << 16)], dtype))
+def read_dataset_json(path):
+    """dataset.json with its defaults. Raises UserError for a missing key, a wrong type or a bad value."""
+    meta = read_json(path)
+    minimum = {
+        "seq_len": 1,
+        "vocab_size": 1,
+        "pad_id": 0,
+    }
+    if meta.get("task_type") == "regression":
+        minimum = {
+            "seq_len": 1,
+            "input_dim": 1,
+            "target_dim": 1,
+        }
+        meta = regression_meta(**meta)
+    for key, low in minimum.items():
+        value = meta.get(key)
+        valid = type(value) is int and value >= low
+        require(valid, f"{path}: {key} is {value!r}, but must be a whole number of at least {low}")
+    ignored = meta.get("ignore_label_id", "missing")
+    valid = ignored is None or type(ignored) is int
+    require(valid, f"{path}: ignore_label_id is {ignored!r}, but must be a whole number or null")
+    return meta
 
 
-def write_split(split_dir, arrays, vocab_size, num_identifiers, total_puzzles=None, dtype=None, **extra):
-    """Write one split: `arrays` maps NAME of every all__NAME.npy to its array; None stands for one that is
-    already written. dtype: of tokens on disk, their own by default. extra: more for dataset.json. Raises
-    OSError."""
-    split_dir = Path(split_dir)
-    for name, array in arrays.items():
-        if array is not None:
-            save_npy(split_dir / f"all__{name}.npy", array, None if name in INDEX else dtype)
-    n_examples, seq_len = np.load(split_dir / "all__inputs.npy", mmap_mode="r").shape[:2]
-    n_puzzles = len(arrays["puzzle_identifiers"])
-    write_json(split_dir / "dataset.json", {
-        "pad_id": 0, "ignore_label_id": 0, "blank_identifier_id": 0, "vocab_size": vocab_size,
-        "seq_len": seq_len, "num_puzzle_identifiers": num_identifiers,
-        "total_groups": len(arrays["group_indices"]) - 1, "mean_puzzle_examples": n_examples / n_puzzles,
-        "total_puzzles": total_puzzles or n_puzzles, "sets": ["all"], **extra})
+def boundaries(sizes):
+    """(n + 1,) int64: where each of n consecutive pieces begins, and the end of the last."""
+    return np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
 
 
-def write_dataset(output_dir, splits, vocab_size=0, recipe=None, group_size=1, train_dtype=None,
-                  augment=None, num_aug=0, seed=0):
-    """Write a dataset of independent boards (one puzzle each, all with the blank identifier).
+def piece_of(boundaries, positions):
+    """The number of the piece that holds each position."""
+    return np.searchsorted(boundaries, positions, side="right") - 1
 
-    splits: {"train": (inputs, labels), "test": (inputs, labels)}, each (N, S) of tokens
-        1 .. vocab_size - 1; 0 is padding, and a label of 0 is not trained on or scored.
-        With vocab_size 0, numbers: inputs (N, S, input_dim), targets (N, S, target_dim), mask (N, S) bool.
-    recipe: a dict that says how it was made (builder, arguments, seed).
-    group_size: how many consecutive training boards are augmentations of one original.
-    train_dtype: of the training tokens on disk, their own by default.
-    augment: augment(rng, *training arrays) returns the arrays of changed copies; called num_aug times with a
-        numpy Generator of `seed`, and original and copies of a board become one group.
-    Raises UserError when a token, a number or a shape does not fit."""
-    if num_aug:
-        rng, train = np.random.default_rng(seed), splits["train"]
-        versions = [train] + [augment(rng, *train) for _ in range(num_aug)]
-        together = [np.stack(same, axis=1) for same in zip(*versions)]      # (N, 1 + num_aug, S, ...)
-        splits = {**splits, "train": [a.reshape(-1, *a.shape[2:]) for a in together]}
-        group_size = 1 + num_aug
-    inputs, answers = splits["train"][:2]
-    if len(inputs) % group_size:
-        raise UserError(f"{len(inputs)} training boards do not make groups of {group_size}; mend group_size")
-    meta = {"vocab_size": vocab_size, "pad_id": 0, "ignore_label_id": 0, "seq_len": inputs.shape[1]}
-    extra = {} if vocab_size else {
-        "task_type": "regression", "input_dim": inputs.shape[-1], "target_dim": answers.shape[-1],
-        "input_pad_value": 0.0, "target_pad_value": 0.0}
-    for split, arrays in splits.items():
-        Examples(Path(split), {**meta, **extra}, arrays).check()
-    with building(output_dir) as folder:
-        for split, arrays in splits.items():
-            dtype, group = (train_dtype, group_size) if split == "train" else (None, 1)
-            n, names = len(arrays[0]), [*(TOKENS if vocab_size else NUMBERS), *INDEX]
-            named = dict(zip(names, [*arrays, *alone(n, group)]))
-            write_split(folder / split, named, vocab_size, 1, n // group, dtype, **extra)
-            print(f"{split}: {n:,} boards in {n // group:,} groups")
-        write_json(folder / "identifiers.json", ["<blank>"])
-        write_json(folder / "recipe.json", recipe)
+
+def regression_meta(**given):
+    """dataset.json of a regression task with its defaults."""
+    return {
+        "input_pad_value": 0.0,
+        **given,
+        "vocab_size": 0,
+        "pad_id": None,
+        "ignore_label_id": None,
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# One split of one folder
+
+
+class Examples:
+    """Memory-mapped tokens, or numbers if vocab_size is 0.
+
+    folder: that of the split. meta: as in dataset.json. arrays: inputs and labels (N, S), or inputs, targets
+    and mask (N, S, ...). index: the arrays of INDEX_FILES."""
+
+    def __init__(self, folder, meta, arrays, index):
+        self.folder = folder
+        self.meta = meta
+        self.arrays = arrays
+        self.index = index
+        # shapes and kinds of the arrays; at least one row, so that an empty split is refused
+        n = max(1, len(arrays[0]))
+        S = meta["seq_len"]
+        if meta["vocab_size"]:
+            expected = [
+                ("iu", (n, S)),
+                ("iu", (n, S)),
+            ]
+        else:
+            expected = [
+                ("f", (n, S, meta["input_dim"])),
+                ("f", (n, S, meta["target_dim"])),
+                ("b", (n, S)),
+            ]
+        for array, (kinds, shape) in zip(arrays, expected):
+            valid = array.dtype.kind in kinds and array.shape == shape
+            require(valid, f"{folder}: an array is {array.dtype} {array.shape}, not {kinds} {shape}")
+        # the index rises from 0 to the number of pieces
+        ids, puzzles, groups = index
+        self.check_boundaries("puzzle_indices", puzzles, n)
+        self.check_boundaries("group_indices", groups, len(ids))
+        n_puzzles = len(puzzles) - 1
+        require(len(ids) == n_puzzles, f"{folder}: {len(ids)} puzzle identifiers for {n_puzzles} puzzles")
+
+    def check_boundaries(self, name, array, end):
+        rises = array.ndim == 1 and array.size > 1 and (np.diff(array) >= 0).all()
+        valid = rises and array[0] == 0 and array[-1] == end
+        require(valid, f"{self.folder}/all__{name}.npy does not rise from 0 to {end}")
+
+    def __len__(self):
+        return len(self.arrays[0])
+
+    def read(self, rows):
+        """(inputs, labels) of the given rows: int32 with IGNORE_LABEL, or float32 with NaN where masked."""
+        inputs, labels, *mask = (array[rows] for array in self.arrays)
+        if mask:
+            label_mask = mask[0][..., None]  # (B, S, 1)
+            return inputs, np.where(label_mask, labels, np.nan)
+        # int32 before comparing: ignore_label_id may not fit the dtype on disk
+        labels = labels.astype(np.int32)
+        ignored = labels == self.meta["ignore_label_id"]
+        return inputs, np.where(ignored, IGNORE_LABEL, labels)
+
+    def padding(self, n):
+        """Inputs and labels of n rows without labels."""
+        meta = self.meta
+        S = meta["seq_len"]
+        if meta["vocab_size"]:
+            inputs = np.full((n, S), meta["pad_id"], np.int32)
+            labels = np.full((n, S), IGNORE_LABEL, np.int32)
+        else:
+            inputs = np.full((n, S, meta["input_dim"]), meta["input_pad_value"], np.float32)
+            labels = np.full((n, S, meta["target_dim"]), np.nan, np.float32)
+        return inputs, labels
+
+    def check(self, start, stop):
+        """Read rows start .. stop and return the number of labels. Raises UserError for a token outside the
+        vocabulary or a number that is not finite."""
+        V = self.meta["vocab_size"]
+        n_labels = 0
+        # rows of a few MB at a time
+        chunk = 1 + (1 << 20) // self.padding(1)[0].size
+        for first in range(start, stop, chunk):
+            inputs, labels = self.read(slice(first, min(first + chunk, stop)))
+            label_mask = labels != IGNORE_LABEL if V else ~np.isnan(labels)
+            labels = labels[label_mask]
+            n_labels += labels.size
+            where = f"{self.folder}, from row {first} on"
+            for values in (inputs, labels):
+                low = values.min(initial=0)
+                high = values.max(initial=0)
+                require(np.isfinite([low, high]).all(), f"{where}: NaN or infinity")
+                require(
+                    not V or 0 <= low and high < V, f"{where}: tokens {low} to {high}, but vocab_size is {V}"
+                )
+        return n_labels
+
+
+class Episode(NamedTuple):
+    """A file of latents."""
+
+    file: Path
+    # shape of its latents
+    length: int
+    dim: int
+    # number shared by all episodes of a group
+    group: int
+    # row of the puzzle table
+    identifier: int
+
+
+def find_episodes(folder):
+    """The Episodes of a dataset folder, train before test. Reads headers only."""
+    files = []
+    for split in (folder / "train", folder / "test"):
+        if not (split / "dataset.json").exists():
+            found = (split / "latents").glob("episode_*.npz")
+            files += sorted(found, key=lambda f: (len(f.name), f.name))  # 1000 comes after 999
+    # optional metadata, one file per episode
+    metadata = []
+    for file in files:
+        path = file.parent.parent / "metadata" / f"{file.stem}.json"
+        metadata.append(read_json(path) if path.exists() else {})
+    # numbers for the episodes that have none
+    used = {about.get("puzzle_identifier") for about in metadata}
+    unused = (i for i in count(1) if i not in used)
+    episodes, groups = [], {}
+    for file, about in zip(files, metadata):
+        shape = read_npz(file, "latents", shape_only=True)
+        dim = episodes[0].dim if episodes else shape[-1]
+        valid = len(shape) == 2 and shape[0] > 1 and shape[1] == dim
+        require(valid, f"{file}: latents have shape {shape}, but need at least 2 rows of {dim} numbers")
+        # an episode without a group is a group of its own
+        key = str(file)
+        if "group" in about:
+            key = f"{file.parent} {about.get('set')} {about['group']}"
+        group = groups.setdefault(key, len(groups))
+        row = about.get("puzzle_identifier")
+        row = next(unused) if row is None else row
+        episodes.append(Episode(file, *shape, group, row))
+    return episodes
+
+
+class Episodes(Examples):
+    """Windows of seq_len latents, read from their files when they are needed."""
+
+    def __init__(self, folder, seq_len, episodes):
+        require(episodes, f"{folder}/latents has no episode_XXX.npz")
+        self.folder = folder
+        self.episodes = sorted(episodes, key=lambda e: e.group)
+        # the last window of an episode may be shorter
+        windows = [ceil((e.length - 1) / seq_len) for e in self.episodes]
+        _, group_sizes = np.unique([e.group for e in self.episodes], return_counts=True)
+        identifiers = np.array([e.identifier for e in self.episodes])
+        self.index = identifiers, boundaries(windows), boundaries(group_sizes)
+        dim = episodes[0].dim
+        self.meta = regression_meta(seq_len=seq_len, input_dim=dim, target_dim=dim)
+
+    def __len__(self):
+        first_window = self.index[1]
+        return int(first_window[-1])
+
+    def read(self, rows):
+        S = self.meta["seq_len"]
+        first_window = self.index[1]
+        rows = np.arange(len(self))[rows]
+        inputs, targets = self.padding(len(rows))
+        # which episode every row is from
+        numbers = piece_of(first_window, rows)
+        for number in np.unique(numbers):
+            # read every file once
+            latents = read_npz(self.episodes[number].file, "latents").astype(np.float32)
+            for i in np.flatnonzero(numbers == number):
+                start = (rows[i] - first_window[number]) * S
+                # one more latent, for the last target
+                window = latents[start : start + S + 1]
+                n = len(window) - 1
+                inputs[i, :n] = window[:-1]
+                targets[i, :n] = window[1:]
+        return inputs, targets
+
+
+def open_examples(folder, episodes, seq_len):
+    """The Examples of a split folder. episodes: all of the dataset. seq_len: length of their windows."""
+    path = folder / "dataset.json"
+    if (folder / "latents").is_dir() and not path.exists():
+        own = [e for e in episodes if e.file.is_relative_to(folder)]
+        return Episodes(folder, seq_len, own)
+    meta = read_dataset_json(path)
+    names = ["inputs", "labels"] if meta["vocab_size"] else ["inputs", "targets", "target_mask"]
+    arrays = [read_array(folder, name) for name in names]
+    # the index files are optional for regression
+    if meta["vocab_size"] or any(folder.glob("all__puzzle_indices.np?")):
+        index = [read_array(folder, name) for name in INDEX_FILES]
+    else:
+        index = singleton_index(len(arrays[0]))
+    return Examples(folder, meta, arrays, index)
 
 
 # ---------------------------------------------------------------------------------------------
 # A split of one or several folders
 
-# What folders that are joined must have in common.
-EQUAL = ("vocab_size", "seq_len", "pad_id", "ignore_label_id", "input_dim", "target_dim", "input_pad_value")
+# Joined folders must agree in these keys of dataset.json.
+SHARED_KEYS = (
+    "vocab_size",
+    "seq_len",
+    "pad_id",
+    "ignore_label_id",
+    "input_dim",
+    "target_dim",
+    "input_pad_value",
+)
 
 
 def as_paths(folders):
     """One folder or several, as a list of Paths."""
-    return [Path(f) for f in ([folders] if isinstance(folders, (str, Path)) else folders)]
+    folders = [folders] if isinstance(folders, (str, Path)) else folders
+    return [Path(folder) for folder in folders]
 
 
 def table_names(folder, episodes):
-    """Names of the rows of a folder's puzzle table: identifiers.json; numbers where regression has none."""
+    """Names of the rows of a folder's puzzle table; numbers for regression without identifiers.json."""
     path = folder / "identifiers.json"
-    metas = [read_json(f, AGAIN, dict) for f in folder.glob("*/dataset.json")]
-    if path.exists() or any(meta.get("task_type") != "regression" for meta in metas):
-        return read_json(path, AGAIN, list)
-    rows = [e.identifier + 1 for e in episodes] + [meta.get("num_puzzle_identifiers", 1) for meta in metas]
-    return ["<blank>", *map(str, range(1, max(rows, default=1)))]
+    metas = [read_json(file) for file in folder.glob("*/dataset.json")]
+    has_tokens = any(meta.get("task_type") != "regression" for meta in metas)
+    if path.exists() or has_tokens:
+        return read_json(path, list)
+    n_rows = 1
+    for episode in episodes:
+        n_rows = max(n_rows, episode.identifier + 1)
+    for meta in metas:
+        n_rows = max(n_rows, meta.get("num_puzzle_identifiers", 1))
+    return ["<blank>", *map(str, range(1, n_rows))]
 
 
 class Split:
     """One split (train or test) of one or several dataset folders, joined.
 
-    data: folders that are trained on; data_test: those of the test split, when they are others. Both splits
-        of a run take the same, and so agree on the puzzle table: the identifiers of a folder are shifted past
-        those of the ones before, and blank stays 0. A folder that is only tested on has rows of its own at
-        the end, which no training reaches, or shares those of a folder with the same identifiers.json.
-    seq_len: windows of this length of latent episodes; by default the longest of all decides.
-    meta: as in dataset.json, of the join. names: the identifiers, in table order. recipe: recipe.json of
-        every folder, None where there is none. kind: "sudoku", "maze" or "arc" by the recipes, "numbers" of
-        regression, "tokens" of all other boards. sides: (groups,) of canvases, see put_on_canvases; 0: the
-        whole board.
-    Raises UserError for a missing, damaged or contradictory file, and for folders that do not go together."""
+    data: the folders to train on. data_test: the folders of the test split, if others. Both splits of a run
+        get the same two arguments and so agree on the puzzle table: the identifiers of a folder are shifted
+        past those of the folders before, and blank stays 0. A folder that is only tested on gets rows at the
+        end, which no training reaches, or shares those of a folder with the same identifiers.json.
+    seq_len: window length of latent episodes; by default the longest episode decides.
+
+    meta: dataset.json of the join. names: the identifiers in table order. recipe: recipe.json of every folder
+    or None. task: "sudoku", "maze" or "arc" (from the recipes), "regression", or "tokens" for other grids.
+    canvases: (G,) side of each group's canvas, see assign_canvases; 0: the whole grid.
+    Raises UserError for missing, damaged or contradictory files."""
 
     def __init__(self, data, split, data_test=None, seq_len=None):
-        trained, tested = as_paths(data), as_paths(data_test or data)
-        must_exist(trained + tested)
-        self.name, self.dirs = split, trained if split == "train" else tested
-        episodes = {folder: find_episodes(folder) for folder in dict.fromkeys(trained + tested)}
-        if not seq_len:
-            seq_len = max((e.length - 1 for found in episodes.values() for e in found), default=None)
-        names = {folder: table_names(folder, found) for folder, found in episodes.items()}
+        train_dirs = as_paths(data)
+        test_dirs = as_paths(data_test or data)
+        check_exists(train_dirs + test_dirs)
+        self.name = split
+        self.dirs = train_dirs if split == "train" else test_dirs
+        # latent episodes, whose longest one sets the window length
+        episodes = {folder: find_episodes(folder) for folder in dict.fromkeys(train_dirs + test_dirs)}
+        for found in episodes.values() if not seq_len else ():
+            longest = max((e.length - 1 for e in found), default=0)
+            seq_len = max(longest, seq_len or 0) or None
 
+        # the puzzle table: names of its rows, and how far each folder's identifiers are shifted
         self.names, shifts = ["<blank>"], {}
+        names = {folder: table_names(folder, found) for folder, found in episodes.items()}
         for folder in names:
-            alike = [other for other in shifts if names[other] == names[folder]]
-            if folder not in trained and alike and (folder / "identifiers.json").exists():
-                shifts[folder] = shifts[alike[0]]
+            twins = [other for other in shifts if names[other] == names[folder]]
+            if folder not in train_dirs and twins and (folder / "identifiers.json").exists():
+                shifts[folder] = shifts[twins[0]]
             else:
                 shifts[folder] = len(self.names) - 1
                 self.names += names[folder][1:]
 
-        self.sources = [open_examples(d / split, episodes[d], len(names[d]), seq_len) for d in self.dirs]
-        self.offsets = starts([len(source) for source in self.sources])
-        ids, puzzles, groups = zip(*(source.index for source in self.sources))
-        shifted = [np.where(own == 0, 0, own.astype(np.int32) + shifts[d]) for own, d in zip(ids, self.dirs)]
-        self.puzzle_identifiers = np.concatenate(shifted)
-        self.puzzle_indices = starts(np.concatenate([np.diff(own) for own in puzzles]))
-        self.group_indices = starts(np.concatenate([np.diff(own) for own in groups]))
-        self.meta = {**self.sources[0].meta, "num_puzzle_identifiers": len(self.names),
-                     "total_groups": len(self.group_indices) - 1,
-                     "mean_puzzle_examples": len(self) / (len(self.puzzle_indices) - 1)}
-        self.sides = np.zeros(self.meta["total_groups"], int)
+        # join the examples and their index arrays
+        self.sources = []
+        for folder in self.dirs:
+            self.sources.append(open_examples(folder / split, episodes[folder], seq_len))
+        self.offsets = boundaries([len(source) for source in self.sources])
+        identifiers, puzzle_sizes, group_sizes = [], [], []
+        for source, folder in zip(self.sources, self.dirs):
+            ids, puzzles, groups = source.index
+            n_names = len(names[folder])
+            require(
+                ids.min() >= 0 and ids.max() < n_names,
+                f"{source.folder}: puzzle identifier {ids.max()}, but identifiers.json has {n_names} names",
+            )
+            # 0, the blank puzzle, is the same for all folders
+            shifted = ids.astype(np.int32) + shifts[folder]
+            identifiers.append(np.where(ids == 0, 0, shifted))
+            puzzle_sizes.append(np.diff(puzzles))
+            group_sizes.append(np.diff(groups))
+        self.puzzle_identifiers = np.concatenate(identifiers)
+        self.puzzle_indices = boundaries(np.concatenate(puzzle_sizes))
+        self.group_indices = boundaries(np.concatenate(group_sizes))
+        n_groups = len(self.group_indices) - 1
+        self.canvases = np.zeros(n_groups, int)
+        self.meta = {
+            **self.sources[0].meta,
+            "num_puzzle_identifiers": len(self.names),
+            "total_groups": n_groups,
+            "mean_puzzle_examples": len(self) / (len(self.puzzle_indices) - 1),
+        }
         for source in self.sources:
-            self.must_agree(source.meta, source.where)
-        recipes = [d / "recipe.json" for d in self.dirs]
-        self.recipe = [read_json(path, AGAIN) if path.exists() else None for path in recipes]
-        self.kind = "numbers" if not self.meta["vocab_size"] else board_kind(self.recipe) or "tokens"
+            self.check_compatible(source.meta, source.folder)
 
-    def must_agree(self, meta, where):
-        """Refuse a dataset that cannot go together with this one. meta: of the folder `where`."""
-        for key in EQUAL:
-            if meta.get(key) != self.meta.get(key):
-                raise UserError(f"{where} has {key} {meta.get(key)}, {self.sources[0].where} has "
-                                f"{self.meta.get(key)}; datasets go together only where these are equal")
+        # the task
+        recipes = [d / "recipe.json" for d in self.dirs]
+        self.recipe = [read_json(path, object) if path.exists() else None for path in recipes]
+        if self.meta["vocab_size"] == 0:
+            self.task = "regression"
+        else:
+            self.task = task_of(self.recipe) or "tokens"
+
+    def check_compatible(self, meta, folder):
+        """Refuse a dataset that cannot be joined with this one."""
+        for key in SHARED_KEYS:
+            ours = self.meta.get(key)
+            theirs = meta.get(key)
+            require(theirs == ours, f"{folder} has {key} {theirs}, but {self.dirs[0]} has {ours}")
 
     def __len__(self):
         return int(self.offsets[-1])
 
     @property
-    def identity(self):
-        """sha256 of all names: equal when every row of the puzzle table means the same puzzle."""
+    def puzzle_ids_sha256(self):
+        """SHA-256 of all names: equal when every row of the puzzle table means the same puzzle."""
         return hashlib.sha256(json.dumps(self.names).encode()).hexdigest()
 
-    def fingerprint(self):
-        """sha256 of the sizes and a hundred examples: equal where the data are the same, at the cost of
-        neither."""
-        arrays = self.gather(np.linspace(0, len(self) - 1, 100).astype(np.int64))
-        sizes = json.dumps([len(self), sorted(self.meta.items())], default=str).encode()
-        return hashlib.sha256(sizes + b"".join(array.tobytes() for array in arrays)).hexdigest()
+    def data_sha256(self):
+        """SHA-256 of the sizes and of a hundred examples: identifies the data without reading all of them."""
+        examples = np.linspace(0, len(self) - 1, 100).astype(np.int64)
+        arrays = self.gather(examples)
+        sizes = json.dumps([len(self), sorted(self.meta.items())], default=str)
+        digest = hashlib.sha256(sizes.encode())
+        for array in arrays:
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
     def puzzle_of(self, examples):
-        """Puzzle number (not identifier) of every example, (B,)."""
-        return np.searchsorted(self.puzzle_indices, examples, side="right") - 1
-
-    def side_of(self, examples):
-        """Sides (B,) of the canvases on which examples (B,) lie; 0: the whole board."""
-        return self.sides[self.group_of(examples)]
+        """(B,) puzzle number (not identifier) of every example."""
+        return piece_of(self.puzzle_indices, examples)
 
     def group_of(self, examples):
-        return np.searchsorted(self.group_indices, self.puzzle_of(examples), side="right") - 1
+        """(B,) group number of every example."""
+        return piece_of(self.group_indices, self.puzzle_of(examples))
 
-    def gather(self, examples, puzzles=None, size=None, side=0, place=None):
-        """Arrays (inputs, labels, puzzle_ids) of the given examples (B,). Padded to `size` rows when fewer,
-        with pad_id, -100 (in regression input_pad_value, NaN) and the blank identifier. With `side`, windows
-        of side x side cells: see windows."""
-        size = max(size or 0, len(examples))
-        inputs, labels = self.sources[0].padding(size)      # what follows fills it
-        of = np.searchsorted(self.offsets, examples, side="right") - 1     # (B,) number of the source
-        for i, source in enumerate(self.sources):
-            mine = np.flatnonzero(of == i)
-            inputs[mine], answers, asked = source.read(examples[mine] - self.offsets[i])
-            labels[mine] = np.where(asked, answers.astype(labels.dtype), labels[mine])
-        ids = np.zeros(size, np.int32)
+    def canvas_of(self, examples):
+        """(B,) side of the canvas of every example; 0: the whole grid."""
+        return self.canvases[self.group_of(examples)]
+
+    def gather(
+        self,
+        examples,
+        puzzles=None,
+        size=None,
+        canvas=0,
+        crop_offsets=None,
+    ):
+        """Arrays (inputs, labels, puzzle_ids) of the given examples (B,).
+
+        size: pad to this many rows, with pad_id, IGNORE_LABEL (regression: input_pad_value, NaN) and the
+            blank identifier.
+        canvas: crop every grid to canvas x canvas cells; see crop_to_canvas for crop_offsets."""
+        n = len(examples)
+        size = max(size or 0, n)
+        # start from padding, and fill in the examples of every folder
+        inputs, labels = self.sources[0].padding(size)
+        source_of = piece_of(self.offsets, examples)
+        for i in np.unique(source_of):
+            rows = np.flatnonzero(source_of == i)
+            own_examples = examples[rows] - self.offsets[i]
+            inputs[rows], labels[rows] = self.sources[i].read(own_examples)
+        # rows of the puzzle table
         puzzles = self.puzzle_of(examples) if puzzles is None else puzzles
-        ids[:len(examples)] = self.puzzle_identifiers[puzzles]
-        if side and side * side < self.meta["seq_len"]:
-            inputs, labels = windows(inputs, labels, side, place)
+        ids = np.zeros(size, np.int32)
+        ids[:n] = self.puzzle_identifiers[puzzles]
+        if canvas and canvas**2 < self.meta["seq_len"]:
+            inputs, labels = crop_to_canvas(inputs, labels, canvas, crop_offsets)
         return inputs, labels, ids
 
-    def check(self):
-        """Sanity check of the whole split: returns a line per folder saying what was checked."""
-        return [source.check() for source in self.sources]
+    def examples_per_canvas(self):
+        """{canvas: number of examples per epoch}, for the canvases in use."""
+        first_puzzles = self.group_indices[:-1]
+        # all puzzles of a group have as many examples as its first one
+        sizes = np.diff(self.puzzle_indices)[first_puzzles]
+        totals = {}
+        for canvas in np.unique(self.canvases).tolist():
+            totals[canvas] = int(sizes[self.canvases == canvas].sum())
+        return totals
+
+    def check(self, rank=0, n_ranks=1):
+        """Read one rank's share of the split and return its number of labels. Raises UserError."""
+        n_labels = 0
+        for source in self.sources:
+            start = len(source) * rank // n_ranks
+            stop = len(source) * (rank + 1) // n_ranks
+            n_labels += source.check(start, stop)
+        return n_labels
 
 
 # ---------------------------------------------------------------------------------------------
-# Canvases: every ARC task on the smallest square that holds it, as most of a 30 x 30 board is padding
+# Canvases: most of an ARC grid of 30 x 30 is padding, so each task goes on the smallest square that holds it
 
-def extent(boards, least=2):
-    """Top row, left column, height and width, (N,) each, of the tokens from `least` on, on square boards
-    (N, S): 2 for the colours, 1 for these and their end lines."""
-    side = isqrt(boards.shape[1])
-    there, found = boards.reshape(len(boards), side, side) >= least, []
-    for lines in (there.any(2), there.any(1)):      # rows, columns
-        first, last = lines.argmax(1), side - lines[:, ::-1].argmax(1)
-        found.append((first, np.where(lines.any(1), last - first, 0)))
+
+def extent(grids, lowest_token):
+    """Top row, left column, height and width, (N,) each, of the tokens >= lowest_token in grids (N, S)."""
+    side = isqrt(grids.shape[1])
+    used = grids.reshape(-1, side, side) >= lowest_token
+    found = []
+    # rows, then columns
+    for lines in (used.any(2), used.any(1)):
+        first = lines.argmax(1)
+        end = side - lines[:, ::-1].argmax(1)
+        length = np.where(lines.any(1), end - first, 0)
+        found.append((first, length))
     (top, height), (left, width) = found
     return top, left, height, width
 
 
-def windows(inputs, labels, side, place=None):
-    """Windows (N, side * side) of boards (N, S) that lie on the board and hold the colours of both.
+def crop_to_canvas(inputs, labels, canvas, offsets=None):
+    """Crop grids (N, S) to (N, canvas * canvas), inside the grid and around the colours of both arrays.
 
-    place: (N, 2) in 0 .. 1, where between the first and the last row and column that a window may begin at;
-        None: the first, by the inputs alone: the answers are not to be known."""
-    board, cut = isqrt(inputs.shape[1]), []
-    top, left, height, width = extent(inputs if place is None else np.maximum(inputs, labels))
-    begin = []
-    for axis, (start, length) in enumerate(((top, height), (left, width))):
-        first, last = np.maximum(0, start + length - side), np.minimum(start, board - side)
-        begin.append(first if place is None else first + (place[:, axis] * (last - first + 1)).astype(int))
-    for boards in (inputs, labels):
-        views = sliding_window_view(boards.reshape(len(boards), board, board), (side, side), axis=(1, 2))
-        cut.append(views[(np.arange(len(boards)), *begin)].reshape(len(boards), side * side))
-    return cut
+    offsets: (N, 2) in 0 .. 1, the position between the first and the last possible row and column. None: the
+        first, judged by the inputs alone, because an evaluation must not look at the answers."""
+    side = isqrt(inputs.shape[1])
+    visible = inputs if offsets is None else np.maximum(inputs, labels)
+    top, left, height, width = extent(visible, FIRST_COLOUR)
+    corners = []
+    for axis, (start, length) in enumerate([(top, height), (left, width)]):
+        # rows or columns at which the canvas may begin
+        first = np.maximum(0, start + length - canvas)
+        last = np.minimum(start, side - canvas)
+        if offsets is None:
+            corners.append(first)
+            continue
+        shift = offsets[:, axis] * (last - first + 1)
+        corners.append(first + shift.astype(int))
+    # cut the same window out of both arrays
+    cropped = []
+    for grids in (inputs, labels):
+        grids = grids.reshape(-1, side, side)
+        windows = sliding_window_view(grids, (canvas, canvas), axis=(1, 2))
+        chosen = windows[np.arange(len(grids)), corners[0], corners[1]]  # (N, canvas, canvas)
+        cropped.append(chosen.reshape(-1, canvas**2))
+    return cropped
 
 
-def on_the_board(tokens, board):
-    """Windows (N, side * side) in the upper left corners of empty boards (N, board * board)."""
-    n, side = len(tokens), isqrt(tokens.shape[1])
-    whole = np.zeros((n, board, board), tokens.dtype)
-    whole[:, :side, :side] = tokens.reshape(n, side, side)
-    return whole.reshape(n, board * board)
+def paste_top_left(tokens, side):
+    """Paste canvases (N, canvas * canvas) into the top-left corner of empty grids (N, side * side)."""
+    n = len(tokens)
+    canvas = isqrt(tokens.shape[1])
+    grids = np.zeros((n, side, side), tokens.dtype)
+    grids[:, :canvas, :canvas] = tokens.reshape(n, canvas, canvas)
+    return grids.reshape(n, side * side)
 
 
-def put_on_canvases(train, test, canvases):
-    """Give every task of both Splits the smallest of the canvases (their sides) that holds all grids it is
-    trained on and its test inputs, with their end lines; the largest canvas need not hold those. All
-    augmentations of a task share its side. A test output is never looked at: one that does not fit counts
-    as wrong. Raises UserError."""
+def assign_canvases(train, test, canvases):
+    """Give every ARC task of both Splits the smallest of the canvases (their sides) that holds all grids it
+    is trained on and its test inputs, including end lines; the largest canvas need not hold those.
+
+    All augmentations of a task share a canvas. Test outputs are never used: an answer that does not fit
+    counts as wrong. Raises UserError for other tasks and for grids larger than every canvas."""
     canvases = np.unique(canvases)
-    needed = np.zeros((2, len(train.names)), int)   # with end lines and without; by row of the puzzle table
-    if {train.kind, test.kind} != {"arc"}:
-        raise UserError(f"--canvases {' '.join(map(str, canvases))}: only ARC tasks have sizes of their own; "
-                        f"leave it out")
+    require({train.task, test.task} == {"arc"}, "--canvases works for ARC only; leave it out")
+    # largest side of every task's grids, by row of the puzzle table
+    with_end_lines = np.zeros(len(train.names), int)
+    colours_only = np.zeros(len(train.names), int)
     for split in (train, test):
+        # the first puzzle of a group is the original, which tells the size of all
         originals = split.group_indices[:-1]
-        rows = [np.arange(*split.puzzle_indices[p:p + 2]) for p in originals]
+        rows = [np.arange(*split.puzzle_indices[p : p + 2]) for p in originals]
         for examples in np.array_split(np.concatenate(rows), 1 + len(rows) // 1024):
             inputs, labels, ids = split.gather(examples)
-            boards = inputs if split is test else np.maximum(inputs, labels)
-            for sizes, least in zip(needed, (1, 2)):
-                _, _, height, width = extent(boards, least)
-                np.maximum.at(sizes, ids, np.maximum(height, width))
-    with_lines, grids = needed
-    if grids.max() > canvases[-1]:
-        raise UserError(f"--canvases {' '.join(map(str, canvases))}: {(grids > canvases[-1]).sum()} tasks "
-                        f"are larger; add {grids.max()}")
+            grids = inputs if split is test else np.maximum(inputs, labels)
+            for sides, lowest_token in (with_end_lines, 1), (colours_only, FIRST_COLOUR):
+                _, _, height, width = extent(grids, lowest_token)
+                np.maximum.at(sides, ids, np.maximum(height, width))
+    # the smallest canvas that holds the task
+    largest = colours_only.max()
+    require(largest <= canvases[-1], f"--canvases {canvases[-1]}: a grid has side {largest}; add {largest}")
     for split in (train, test):
-        of_group = with_lines[split.puzzle_identifiers[split.group_indices[:-1]]]
-        split.sides = canvases[np.searchsorted(canvases[:-1], of_group)]
+        originals = split.group_indices[:-1]
+        needed = with_end_lines[split.puzzle_identifiers[originals]]
+        split.canvases = canvases[np.searchsorted(canvases[:-1], needed)]
 
 
-class Part(NamedTuple):
-    """The rows of every batch that lie on one canvas; without canvases it is the whole batch."""
-    side: int               # 0: the whole board
-    groups: np.ndarray      # that are drawn from
-    rows: int               # of the global batch
-
-
-def parts_of(split, batch_size, ranks):
-    """The Parts of batches of `batch_size` rows: every canvas gets its share of the rows of an epoch, in
-    multiples of 8 and of the ranks where that is possible, else of the ranks. Raises UserError."""
-    sides, unit = np.unique(split.sides), lcm(8, ranks)
-    if len(sides) == 1:
-        return [Part(int(sides[0]), np.arange(len(split.sides)), batch_size)]
-    if batch_size % unit or batch_size < unit * len(sides):
-        unit = ranks
-    n = batch_size // unit
-    if n < len(sides):
-        raise UserError(f"--global-batch-size {batch_size} is too small for {len(sides)} canvases on {ranks} "
-                        f"ranks; use {unit * len(sides)} or more, or fewer --canvases")
-    size = np.diff(split.puzzle_indices)[split.group_indices[:-1]]     # an epoch takes a puzzle of each group
-    share = n * np.array([size[split.sides == side].sum() for side in sides]) / size.sum()
-    units = np.maximum(1, share.round()).astype(int)
-    while units.sum() != n:
-        step = np.sign(n - units.sum())
-        units[np.where(units + step > 0, step * (share - units), -np.inf).argmax()] += step
-    return [Part(int(side), np.flatnonzero(split.sides == side), int(rows))
-            for side, rows in zip(sides, units * unit)]
+def canvas_order(n_examples):
+    """Yield the canvas of every training step, in proportion to {canvas: number of its examples}: the one
+    with the largest deficit `share * step - steps so far`; the smaller one on a tie."""
+    total = sum(n_examples.values())
+    steps = dict.fromkeys(sorted(n_examples), 0)
+    for t in count(1):
+        # times `total`, so that all numbers are whole
+        deficits = {}
+        for canvas, n_steps in steps.items():
+            deficits[canvas] = n_examples[canvas] * t - total * n_steps
+        canvas = max(deficits, key=deficits.get)
+        steps[canvas] += 1
+        yield canvas
 
 
 # ---------------------------------------------------------------------------------------------
-# The order of training
-
-class Cursor(NamedTuple):
-    """Where a run stands in the order of its training examples: plain numbers, for JSON and checkpoints."""
-    iteration: int = 1      # counts the rounds of eval_interval epochs, from 1
-    position: int = 0       # groups of this round that were used
-    rng: dict | None = None     # state of Philox; None at the start of a round
+# Sampling order
 
 
-def draw_batch(split, rng, order, cursor, batch_size, single):
-    """(examples (G,), puzzles (G,), cursor after them), or None when the groups left do not fill a batch.
+class SamplerState(NamedTuple):
+    """Position in the order of training examples, in plain numbers for JSON and checkpoints."""
 
-    Draws a puzzle of every group and, without replacement, as many of its examples as there is room for.
-    single: every puzzle has one example, so that the same draws can be made at once."""
-    first_puzzle, first_example = split.group_indices, split.puzzle_indices
-    position = cursor.position
-    if single:
-        groups = order[position:position + batch_size]
+    # an iteration is eval_interval epochs; counted from 1
+    iteration: int = 1
+    # groups of this iteration that were used
+    position: int = 0
+    # state of the Philox generator; None at the start of an iteration
+    rng: dict | None = None
+
+
+def philox(**key_or_seed):
+    """A numpy Generator whose stream depends on its key or seed only, on every platform."""
+    return np.random.Generator(np.random.Philox(**key_or_seed))
+
+
+def draw_batch(split, rng, order, state, batch_size, singletons):
+    """(examples (G,), puzzles (G,), state after them), or None if the remaining groups do not fill a batch.
+
+    Draws one puzzle from every group and, without replacement, as many of its examples as there is room for.
+    singletons: every puzzle has one example, so all draws can be made at once."""
+    first_puzzle = split.group_indices
+    first_example = split.puzzle_indices
+    position = state.position
+    if singletons:
+        groups = order[position : position + batch_size]
         puzzles = rng.integers(first_puzzle[groups], first_puzzle[groups + 1])
-        examples, position = first_example[puzzles], position + len(groups)
+        examples = first_example[puzzles]
+        position += len(groups)
     else:
         examples, puzzles = [], []
         while len(puzzles) < batch_size and position < len(order):
-            group, position = order[position], position + 1
+            group = order[position]
+            position += 1
             puzzle = rng.integers(first_puzzle[group], first_puzzle[group + 1])
+            # as many of its examples as there is room for
             size = first_example[puzzle + 1] - first_example[puzzle]
-            take = min(size, batch_size - len(puzzles))
-            puzzles.extend([puzzle] * take)
-            examples.extend(first_example[puzzle] + rng.choice(size, take, replace=False))
+            n = min(size, batch_size - len(puzzles))
+            puzzles.extend([puzzle] * n)
+            examples.extend(first_example[puzzle] + rng.choice(size, n, replace=False))
     if len(puzzles) < batch_size:
         return None
-    state = json.loads(json.dumps(rng.bit_generator.state, default=np.ndarray.tolist))
-    return np.array(examples), np.array(puzzles), Cursor(cursor.iteration, position, state)
+    # plain numbers instead of numpy's
+    rng_state = json.loads(json.dumps(rng.bit_generator.state, default=np.ndarray.tolist))
+    new_state = SamplerState(state.iteration, position, rng_state)
+    return np.array(examples), np.array(puzzles), new_state
 
 
-def training_order(split, seed, epochs_per_iteration, batch_size, cursor=None, groups=None):
-    """Yield (examples (G,), puzzles (G,), cursor after them) of one iteration, from `cursor` on; the last
-    cursor is the beginning of the next iteration. groups: that are drawn from, all by default.
+def batch_order(
+    split,
+    seed,
+    epochs,
+    interval,
+    batch_size,
+    state,
+    groups=None,
+    endless=False,
+):
+    """Yield (examples (G,), puzzles (G,), state after them) from `state` to the end of all epochs, or without
+    end, in iterations of `interval` epochs. groups: numbers of the groups to draw from; default: all.
 
-    Philox seeded with seed + iteration draws a permutation of the groups per epoch, then all of draw_batch.
-    An incomplete last batch is dropped. The same on every rank; a rank takes its slice."""
-    cursor = cursor or Cursor()
-    rng = np.random.Generator(np.random.Philox(seed + cursor.iteration))
-    groups = np.arange(len(split.group_indices) - 1) if groups is None else groups
-    order = np.concatenate([groups[rng.permutation(len(groups))] for _ in range(epochs_per_iteration)])
-    if cursor.rng is not None:
-        rng.bit_generator.state = cursor.rng
-    single = (np.diff(split.puzzle_indices) == 1).all()
-    following = draw_batch(split, rng, order, cursor, batch_size, single)
-    while following:
-        examples, puzzles, cursor = following
-        following = draw_batch(split, rng, order, cursor, batch_size, single)   # None: this batch is the last
-        yield examples, puzzles, cursor if following else Cursor(cursor.iteration + 1)
+    A Philox generator seeded with seed + iteration draws one permutation of the groups per epoch, then all
+    of draw_batch. An incomplete last batch is dropped, and the last state of an iteration is the start of the
+    next. The order is the same on every rank; a rank takes its slice."""
+    singletons = (np.diff(split.puzzle_indices) == 1).all()
+    groups = np.arange(len(split.canvases)) if groups is None else groups
+    while endless or state.iteration <= ceil(epochs / interval):
+        epochs_left = epochs - (state.iteration - 1) * interval
+        n_epochs = interval if endless else min(interval, epochs_left)
+        rng = philox(seed=seed + state.iteration)
+        epochs_of_groups = [groups[rng.permutation(len(groups))] for _ in range(n_epochs)]
+        order = np.concatenate(epochs_of_groups)
+        if state.rng is not None:
+            rng.bit_generator.state = state.rng
+        next_iteration = SamplerState(state.iteration + 1)
+        # one batch ahead, to know which one is the last
+        drawn = draw_batch(
+            split,
+            rng,
+            order,
+            state,
+            batch_size,
+            singletons,
+        )
+        require(drawn or not endless, f"--eval-interval {interval}: so few epochs do not fill a batch")
+        while drawn:
+            examples, puzzles, state = drawn
+            drawn = draw_batch(
+                split,
+                rng,
+                order,
+                state,
+                batch_size,
+                singletons,
+            )
+            yield examples, puzzles, state if drawn else next_iteration
+        state = next_iteration
 
 
-def orders(split, parts, seed, epochs, interval, cursors):
-    """Yield [(examples, puzzles, cursor after them) of every part], one batch, from `cursors` on, in
-    iterations of `interval` epochs. One part ends after all epochs; several, whose shares are rounded, never.
-    """
-    def order(number, part, cursor):
-        while len(parts) > 1 or cursor.iteration <= -(-epochs // interval):
-            iteration, left = cursor.iteration, epochs - (cursor.iteration - 1) * interval
-            ahead = min(interval, left) if left > 0 else interval
-            stream = training_order(split, seed + (number << 40), ahead, part.rows, cursor, part.groups)
-            for examples, puzzles, cursor in stream:
-                yield examples, puzzles, cursor
-            if cursor.iteration == iteration and len(parts) > 1:
-                raise UserError(f"--eval-interval {interval}: so few epochs of the {len(part.groups)} tasks "
-                                f"of canvas {part.side} do not fill {part.rows} rows; raise it")
-            if cursor.iteration == iteration:       # the epochs that are left do not fill a batch
-                cursor = Cursor(iteration + 1)
-    return zip(*(order(i, *each) for i, each in enumerate(zip(parts, cursors))))
-
-
-def places(seed, step, batch_size):
-    """Where the windows of a training step lie, (G, 2) in 0 .. 1; like exploration a function of (seed, step)
-    alone."""
-    return np.random.Generator(np.random.Philox(key=[seed + 2 ** 32, step])).random((batch_size, 2))
-
-
-def exploration(seed, step, batch_size, probability, halt_max_steps):
-    """Least numbers of supervision steps (G,) int32 that exploration demands at one training step; 0: none.
-
-    A function of (seed, step) alone: the same for any number of ranks, and nothing to store for a resume."""
-    if halt_max_steps == 1:     # there is nothing to explore
+def min_halt_steps(seed, step, batch_size, probability, halt_max_steps):
+    """(G,) int32: for the rows that explore at this training step, the fewest supervision steps before they
+    may halt; 0 for the others. A function of (seed, step) only: equal for any number of ranks, and a resumed
+    run needs no stored state."""
+    if halt_max_steps == 1:
         return np.zeros(batch_size, np.int32)
-    rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+    rng = philox(key=[seed, step])
     explores = rng.random(batch_size) < probability
     steps = rng.integers(2, halt_max_steps + 1, batch_size)
     return np.where(explores, steps, 0).astype(np.int32)
 
 
-def prefetch(batches, depth=2):
-    """Run an iterator in a thread, `depth` items ahead; an exception in it is raised here."""
-    batches, done = iter(batches), object()
+def random_crop_offsets(seed, step, batch_size):
+    """(G, 2) in 0 .. 1: where each grid is cropped at this training step. A function of (seed, step)."""
+    rng = philox(key=[seed + 2**32, step])
+    return rng.random((batch_size, 2))
+
+
+def prefetch(iterable, depth=2):
+    """Run an iterator in a thread, `depth` items ahead. An exception in it is raised here."""
+    iterator = iter(iterable)
+    end = object()
     with ThreadPoolExecutor(1) as pool:
-        ahead = deque(pool.submit(next, batches, done) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not done:
-            ahead.append(pool.submit(next, batches, done))
+        ahead = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(next, iterator, end))
             yield item

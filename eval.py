@@ -1,589 +1,807 @@
-"""Score a checkpoint.
+"""Score a checkpoint on a test split.
 
-    python eval.py --checkpoint runs/mini-...     a run folder, or a file
+    python eval.py --checkpoint runs/mini-...     a run folder or a file
     python eval.py --hf alphaXiv/trm-model-maze   published weights
-    torchrun --nproc_per_node=8 eval.py ...       the same figures, faster
-    python eval.py --compare A/results.json B/results.json
+    torchrun --nproc_per_node=8 eval.py ...       the same scores, faster
 
-Figures go to results.json, on ARC the answers to submission.json; of a part of
-the test split (--limit, --max-aug) to part-results.json and so on, which never
-replace those of all of it.
+The scores are written to results.json and, for ARC, the answers to
+submission.json. With --limit or --max-aug, the names of these files begin
+with part-, so that they never replace a complete result.
 """
+
 import argparse
-import hashlib
+import math
 import sys
 import time
-from dataclasses import replace
-from io import BytesIO
+from dataclasses import asdict
+from itertools import chain
 from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
 
-import common  # noqa: F401  before torch, for a Ctrl-C while that is imported
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-import draw
-import hub
 import prepare
-from common import Parser, UserError, cli, compiler_lacks, one_line, progress, start_world, \
-    within, write, write_json
-from data import Split, dihedral, on_the_board, prefetch, put_on_canvases
-from model import IGNORE, TRM, Batch, build, compile_model, metric_names, row_scores
-from prepare import sudoku
-from results import compare, intervals, table
-from rundir import find_file
-from vote import ArcVotes, test_puzzles
-
-
-class Effort(NamedTuple):
-    """Compute at test time. Only one of halt, rollouts and augment at once."""
-    steps: int | None = None        # supervision steps, halt_max_steps by default
-    halt: float | None = None       # a row stops when its q_halt is above this
-    rollouts: int = 1               # tries; all but the first with noise
-    noise: float = 0.0              # standard deviation, of what is added to the states before every step
-    augment: int = 0                # copies under symmetries beside the original
-
-    def of(self, cfg):
-        return self.steps or cfg.halt_max_steps
-
-
-PLAIN = Effort()        # all steps, once
+from data import Split, assign_canvases, paste_top_left
+from model import TRM, Batch, build_model, compile_model, metric_names, score_rows
+from prepare import DIHEDRAL_INVERSE, dihedral
+from prepare.arc import ORIGINAL, SIDE, TO_TOKEN, crop, parse_name
+from prepare.maze import FREE, GOAL, PATH, START
+from tools import draw, hub
+from tools.common import IGNORE_LABEL, Parser, bounded, cli, missing_compiler, progress, read_json
+from tools.common import replacing, require, start_world, write_file, write_json
+from tools.run_folder import find_checkpoint
 
 # ---------------------------------------------------------------------------------------------
-# Thinking
+# Supervision steps
 
-def think(model, inputs, puzzle_ids, steps, noise=0.0, generator=None):
-    """Yield (logits (B, S, V), q (B, 2)) after each of `steps` supervision steps; x is embedded once."""
-    def blur(h):
-        if not noise:
-            return h
-        return h + noise * torch.randn(h.shape, generator=generator, device=h.device, dtype=h.dtype)
 
-    with torch.no_grad():  # not inference_mode: training's compiled graphs are used again
-        x = model.embed(inputs, model.puzzle_emb[puzzle_ids])                        # (B, L, D)
-        # contiguous, as all that follow: a compiled net would else be compiled once more
-        y, z = (start.to(model.dtype).expand_as(x).contiguous() for start in (model.y0, model.z0))
+def supervision_steps(model, inputs, puzzle_ids, steps, noise=0.0, seeds=()):
+    """Yield (logits (B, S, V), q (B, 2)) after each of `steps` supervision steps; all rows run all of them.
+
+    noise: standard deviation of normal noise that is added to y and z before each step.
+    seeds: ints, one per row, so that the noise of a row does not depend on its batch; no noise without them.
+    """
+    generators = [torch.Generator(inputs.device).manual_seed(seed) for seed in seeds]
+    # no_grad, not inference_mode: then torch.compile can reuse the graphs of training
+    with torch.no_grad():
+        # x (B, L, D) is the same in all steps
+        x = model.embed(inputs, model.puzzle_emb[puzzle_ids])
+        # contiguous, as in later steps: other strides would compile one more graph
+        y = model.y0.to(x.dtype).expand_as(x).contiguous()
+        z = model.z0.to(x.dtype).expand_as(x).contiguous()
     for _ in range(steps):
-        with torch.no_grad():  # left before every yield, for what runs meanwhile
-            y, z = model.improve(x, blur(y), blur(z))
+        # no_grad ends before the yield, so that the caller keeps its own gradient mode
+        with torch.no_grad():
+            for i, generator in enumerate(generators):
+                for h in (y[i], z[i]):
+                    h += torch.empty_like(h).normal_(std=noise, generator=generator)
+            y, z = model.deep_recursion(x, y, z)
             heads = model.heads(y)
         yield heads
 
 
-def last_thought(*args, **kwargs):
-    """(logits, q) after the last step of think(...)."""
-    for heads in think(*args, **kwargs):
-        last = heads
-    return last
-
-
-def answer(cfg, logits):
-    """Tokens (B, S) that the logits stand for; in regression the numbers (B, S, target_dim) as they are."""
+def predictions(cfg, logits):
+    """Tokens (B, S) from logits; in regression, the predicted numbers (B, S, target_dim) as float32."""
+    if cfg.regression:
+        return logits.float()
+    # argmax returns int64; small integers save memory and time on the way to the host
     small = torch.uint8 if cfg.vocab_size < 256 else torch.int32
-    return logits.float() if cfg.regression else logits.argmax(-1).to(small)
+    return logits.argmax(-1).to(small)
 
 
-def thoughts(model, inputs, puzzle_ids, steps):
-    """Boards (steps, B, ...) and q_halt (steps, B) after every supervision step, as numpy; inputs are
-    arrays."""
-    device = model.y0.device
-    inputs, puzzle_ids = (torch.as_tensor(a, device=device) for a in (inputs, puzzle_ids))
-    seen = [(answer(model.cfg, logits).cpu().numpy(), q[:, 0].cpu().numpy())
-            for logits, q in think(model, inputs, puzzle_ids, steps)]
-    return np.stack([board for board, _ in seen]), np.stack([q for _, q in seen])
+def trajectory(model, inputs, puzzle_ids, steps):
+    """Answers (steps, B, ...) and q_halt (steps, B) after every supervision step, as numpy arrays."""
+    tensors = [torch.as_tensor(array, device=model.y0.device) for array in (inputs, puzzle_ids)]
+    answers, q_halt = [], []
+    for logits, q in supervision_steps(model, *tensors, steps):
+        answers.append(predictions(model.cfg, logits).cpu())
+        q_halt.append(q[:, 0].cpu())
+    return np.stack(answers), np.stack(q_halt)
 
 
-def slow_puzzle(model, split, batch_size):
-    """draw.Thoughts of the puzzle of the first batch that was wrong the longest, and right in the end."""
-    rows = np.arange(min(batch_size, len(split)))
-    sides = split.side_of(rows)
-    rows = rows[sides == sides[0]]
-    inputs, labels, ids = split.gather(rows, size=batch_size, side=int(sides[0]))
-    boards, q = thoughts(model, inputs, ids, model.cfg.halt_max_steps)
-    wrong = draw.wrong_cells(model.cfg, boards, labels)                              # (steps, B, S)
-    wrong_ever = wrong.any(-1)[:, :len(rows)]                                        # (steps, rows)
-    i = int(np.where(wrong_ever[-1], -1, wrong_ever.sum(0)).argmax())
-    return draw.Thoughts(inputs[i], boards[:, i], wrong[:, i], q[:, i], labels[i])
+def hardest_solved_puzzle(model, split, batch_size):
+    """draw.Trajectory of one puzzle of the first batch: of those solved in the end, the one that had wrong
+    cells for the most steps."""
+    # all on the largest canvas, because a batch has one shape
+    canvas = int(split.canvases.max())
+    examples = np.arange(len(split))[:batch_size]
+    inputs, labels, puzzle_ids = split.gather(examples, size=batch_size, canvas=canvas)
+    answers, q_halt = trajectory(model, inputs, puzzle_ids, model.cfg.halt_max_steps)
+    wrong = draw.wrong_cells(model.cfg, answers, labels)  # (steps, B, S)
+    has_errors = wrong.any(-1)  # (steps, B)
+    solved = ~has_errors[-1]
+    i = int((has_errors.sum(0) * solved).argmax())
+    return draw.Trajectory(inputs[i], answers[:, i], wrong[:, i], q_halt[:, i], labels[i])
 
 
 # ---------------------------------------------------------------------------------------------
 # Scoring
 
+
+class TestTimeCompute(NamedTuple):
+    """How much to compute per puzzle."""
+
+    # supervision steps; None: halt_max_steps of the model
+    steps: int | None = None
+    # a row leaves its batch when its q_halt is above this; None: all rows run all steps
+    halt_threshold: float | None = None
+    # tries per puzzle; the one with the highest q_halt wins
+    rollouts: int = 1
+    # standard deviation of the noise in all tries but the first
+    noise: float = 0.3
+
+
+ALL_STEPS_ONCE = TestTimeCompute()
+
+
 class Scores(NamedTuple):
-    """Scored rows of a split in its order."""
-    examples: np.ndarray        # (N,) which example of the split
-    preds: np.ndarray           # (N, S) tokens or (N, S, target_dim), after the last step, as the next five
-    loss: np.ndarray            # (N,)
-    cell: np.ndarray            # (N,) share of right cells; regression: mean absolute error
-    right: np.ndarray           # (N,) bool
-    fits: np.ndarray            # (N,) bool, the answer fits its canvas
-    n: np.ndarray               # (N,) cells asked; 0: nobody knows the answer
-    q: np.ndarray               # (N,) logit of halting
-    steps: np.ndarray           # (N,) supervision steps taken
-    history: np.ndarray         # (N, steps) bool, right after each step; (N, 0) with halting
+    """N scored examples, in the order of the split; all fields are (N, ...)."""
+
+    # example numbers
+    examples: np.ndarray
+    # tokens (N, S) or numbers (N, S, target_dim) after the last step
+    preds: np.ndarray
+    # the next four as in model.RowScores
+    loss: np.ndarray
+    cell_acc: np.ndarray
+    exact: np.ndarray
+    n_labels: np.ndarray
+    # bool: optimal_paths() of mazes; in other tasks the same as exact
+    optimal_path: np.ndarray
+    # logit
+    q_halt: np.ndarray
+    # supervision steps taken
+    steps: np.ndarray
+    # bool: exact after each step, (N, steps); with halting after the last one only, (N, 1)
+    exact_by_step: np.ndarray
+    # bool: the target fits into the canvas that the model saw
+    fits_canvas: np.ndarray
 
 
 def joined(parts):
-    """One Scores of several, in the order of the split."""
-    columns = Scores(*map(np.concatenate, zip(*parts)))
-    order = columns.examples.argsort(kind="stable")
-    return Scores(*(c[order] for c in columns))
+    """One Scores from several, in the order of the split. Of several tries of an example, it has the one with
+    the highest q_halt."""
+    scores = Scores(*(np.concatenate(column) for column in zip(*parts)))
+    best_first = np.lexsort((-scores.q_halt, scores.examples))
+    _, first = np.unique(scores.examples[best_first], return_index=True)
+    return Scores(*(column[best_first[first]] for column in scores))
 
 
-def to_host(cfg, rows, logits, labels, q, steps, history):
-    """The Scores of one batch; the one place that waits for the device. rows: (b,), what lies behind is
-    padding."""
-    loss, cell, right, n = row_scores(cfg, logits, labels)
-    columns = [answer(cfg, logits), loss, cell, right, torch.ones_like(right), n, q[:, 0],
-               torch.full_like(n, 0) + steps, history]
-    return Scores(rows, *(c.cpu().numpy()[:len(rows)] for c in columns))
+def score(model, split, world, batch_size, examples, compute=ALL_STEPS_ONCE):
+    """Scores of this rank's share of the examples. Every batch has batch_size rows, padded if necessary."""
+    run_batches = run_all_steps if compute.halt_threshold is None else run_until_halt
+    canvases = split.canvas_of(examples)
+    parts = []
+    total = compute.rollouts * len(examples) // world.size
+    # None: shown on a terminal only
+    with progress(total=total, desc="evaluating", unit="row", disable=world.rank > 0 or None) as bar:
+        for rollout in range(compute.rollouts):
+            # canvas by canvas, because a batch has one shape
+            for canvas in np.unique(canvases).tolist():
+                share = examples[canvases == canvas][world.rank :: world.size]
+                for results in run_batches(model, split, canvas, share, batch_size, compute, rollout):
+                    parts.append(scores_of(model.cfg, split, canvas, *results))
+                    bar.update(len(parts[-1].examples))
+            # only the best tries so far are kept in memory
+            parts = [joined(parts)]
+    return parts[0]
 
 
-def all_right(cfg, logits, labels):
-    """(B,) bool: RowScores.right without the cost of the loss."""
-    if cfg.regression:
-        return row_scores(cfg, logits, labels).right
-    return ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(-1)
+def load_batch(model, split, canvas, examples, batch_size):
+    """A Batch on the model's device: the examples and, up to batch_size rows, padding."""
+    arrays = split.gather(examples, size=batch_size, canvas=canvas)
+    tensors = (torch.from_numpy(array).to(model.y0.device) for array in arrays)
+    return Batch(*tensors, min_halt_steps=None)
 
 
-def score(model, split, world, batch_size, examples, effort=PLAIN, quiet=False):
-    """Scores of this rank's share of the examples. Every batch has batch_size rows, the last one is
-    padded."""
-    work, parts, sides = [], [], split.side_of(examples)
-    for side in np.unique(sides):       # canvas by canvas, as a batch has one shape
-        some = examples[sides == side]
-        starts = range(world.rank * batch_size, len(some), world.size * batch_size)
-        mine = [some[i:i + batch_size] for i in starts]
-        work.append((int(side), mine or [some[:0]]))    # a rank without rows runs padding
-    total = sum(len(rows) for _, batches in work for rows in batches)
-    run = score_all_steps if effort.halt is None else score_halting
-    with progress(quiet=quiet or world.rank > 0, total=total, desc="evaluating", unit="row") as bar:
-        for side, batches in work:
-            for part in run(model, split, side, batches, batch_size, effort):
-                parts.append(whole_scores(split, side, part))
-                bar.update(len(part.examples))
-    return joined(parts)
+def run_all_steps(model, split, canvas, examples, batch_size, compute, rollout):
+    """Yield the arguments of scores_of for every batch, without waiting for the device."""
+    n_steps = compute.steps or model.cfg.halt_max_steps
+    # without examples, one batch of padding, which gives empty Scores
+    for start in range(0, max(1, len(examples)), batch_size):
+        part = examples[start : start + batch_size]
+        batch = load_batch(model, split, canvas, part, batch_size)
+        # the first try has no noise; a seed depends on the example and the try, not on the batch
+        seeds = []
+        if rollout:
+            seeds = (rollout * len(split) + np.resize(part, batch_size)).tolist()
+        exact = []
+        for heads in supervision_steps(model, batch.inputs, batch.puzzle_ids, n_steps, compute.noise, seeds):
+            exact.append(all_exact(model.cfg, heads[0], batch.labels))
+        steps = torch.full((batch_size,), n_steps)
+        yield part, slice(len(part)), batch, heads, steps, exact
 
 
-def whole_scores(split, side, part):
-    """The Scores of windows as those of whole boards: a prediction stands in the upper left corner of an
-    empty one, and an answer that its window cuts is wrong."""
-    cells = split.meta["seq_len"]
-    if side in (0, isqrt(cells)):
-        return part
-    (_, whole, _), (_, window, _) = split.gather(part.examples), split.gather(part.examples, side=side)
-    fits = (whole > 1).sum(1) == (window > 1).sum(1)        # all its colours are there
-    return part._replace(preds=on_the_board(part.preds, isqrt(cells)), fits=fits, right=part.right & fits,
-                         history=part.history & fits[:, None])
-
-
-def score_all_steps(model, split, side, batches, batch_size, effort):
-    """Yield the Scores of every batch of example numbers, after all steps."""
-    cfg, device = model.cfg, model.y0.device
-    read = ((rows, split.gather(rows, size=batch_size, side=side)) for rows in batches)
-    for rows, arrays in prefetch(read):
-        inputs, labels, ids = (torch.from_numpy(a).to(device) for a in arrays)
-        history = []
-        for logits, q in think(model, inputs, ids, effort.of(cfg)):     # noqa: B007
-            history.append(all_right(cfg, logits, labels))
-        logits, q = with_effort(model, split.kind, inputs, ids, effort, int(rows[:1].sum()), logits, q)
-        yield to_host(cfg, rows, logits, labels, q, effort.of(cfg), torch.stack(history, 1))
-
-
-def score_halting(model, split, side, batches, batch_size, effort):
-    """As score_all_steps, but a row ends when its q_halt is above effort.halt, and the next one takes its
-    slot: batches keep their shape and are full until no rows are left. Waits for the device once a step."""
-    device, queue = model.y0.device, np.concatenate(batches)
-    owner = np.full(batch_size, -1)                             # which example sits in a slot
-    arrays = split.gather(queue[:0], size=batch_size, side=side)        # of padding
-    carry, free = None, np.arange(batch_size)
-    while carry is None or (owner >= 0).any() or len(queue):
-        new, queue = queue[:len(free)], queue[len(free):]
-        owner[free[:len(new)]] = new
-        for array, rows in zip(arrays, split.gather(new, side=side)):
-            array[free[:len(new)]] = rows
-        batch = Batch(*(torch.from_numpy(a).to(device) for a in (*arrays, np.zeros(batch_size, np.int32))))
-        with torch.no_grad():
-            carry, logits, q = model.step(carry or model.empty_carry(batch), batch)
-        carry = carry._replace(halted=(q[:, 0] > effort.halt) | (carry.steps >= effort.of(model.cfg)))
-        free = np.flatnonzero(carry.halted.cpu().numpy())
-        ended = free[owner[free] >= 0]
-        done = torch.from_numpy(ended).to(device)
-        no_history = torch.zeros(len(ended), 0, dtype=torch.bool)
-        yield to_host(model.cfg, owner[ended], logits[done], carry.labels[done], q[done], carry.steps[done],
-                      no_history)
-        owner[ended] = -1
-
-
-# ---------------------------------------------------------------------------------------------
-# Tries and copies
-
-def with_effort(model, kind, inputs, ids, effort, seed, logits, q):
-    """(logits, q) of a plain pass to those of effort.rollouts tries or effort.augment copies. seed: of the
+def run_until_halt(model, split, canvas, examples, batch_size, compute, rollout):
+    """Yield the arguments of scores_of for the rows that end at a step, because q_halt is above the threshold
+    or all steps are done. Waiting examples take their slots: batches stay full and keep their shape. Without
     noise."""
-    if effort.augment:
-        return vote_over_symmetries(model, kind, inputs, ids, effort, np.random.RandomState(seed), logits, q)
-    generator = torch.Generator(q.device).manual_seed(seed)
-    for _ in range(effort.rollouts - 1):    # the try with the highest q_halt wins; the first had no noise
-        other, other_q = last_thought(model, inputs, ids, effort.of(model.cfg), effort.noise, generator)
-        better = other_q[:, 0] > q[:, 0]
-        logits = torch.where(better[:, None, None], other, logits)
-        q = torch.where(better[:, None], other_q, q)
-    return logits, q
+    waiting = iter(examples.tolist())
+    # the example in each row of the batch; -1: none
+    slots = np.full(batch_size, -1)
+    ended = np.arange(batch_size)
+    carry = None
+    while True:
+        # ---- waiting examples take the rows that ended
+        slots[ended] = [next(waiting, -1) for _ in ended]
+        if carry and slots.max() < 0:
+            return
+        # rows without an example run example 0, and their answers are not used
+        batch = load_batch(model, split, canvas, slots.clip(0), batch_size)
+
+        # ---- one supervision step, in which the halted rows of the carry take the rows of the batch
+        with torch.no_grad():
+            carry = carry or model.initial_carry(batch)
+            carry, logits, q = model.step(carry, batch, max_steps=compute.steps)
+        halted = carry.halted | (q[:, 0] > compute.halt_threshold)
+        carry = carry._replace(halted=halted)
+
+        # ---- the halted rows leave; this waits for the device, once per step
+        ended = np.flatnonzero(halted.cpu().numpy() & (slots >= 0))
+        exact = all_exact(model.cfg, logits, carry.labels)
+        yield slots[ended], ended, carry, (logits, q), carry.steps, [exact]
 
 
-def symmetries(kind, cfg, rng, n, k):
-    """Symmetry number k > 0 for n boards: relabel (n, V) of tokens and cells (n, S), new =
-    relabel[old[cells]]."""
-    side = isqrt(cfg.seq_len)
-    if kind == "sudoku":
-        return sudoku.draw_symmetries(rng, n, side)
-    cells = dihedral(np.arange(cfg.seq_len).reshape(side, side), k).ravel()
-    return np.tile(np.arange(cfg.vocab_size), (n, 1)), np.tile(cells, (n, 1))
+def scores_of(cfg, split, canvas, examples, rows, batch, heads, steps, exact_by_step):
+    """Scores of the examples in the given rows (slice or numbers) of a batch; the other rows are not used.
 
+    batch: a Batch or Carry. heads: logits and q after the last step. exact_by_step: tensors (B,).
+    The only place that waits for the device when all rows run all steps."""
+    logits, q = heads
+    scored = score_rows(cfg, logits, batch.labels)
+    preds = predictions(cfg, logits)
+    optimal_path = scored.exact
+    if split.task == "maze":
+        optimal_path = optimal_paths(batch.inputs, batch.labels, preds)
+    exact_by_step = torch.stack(exact_by_step, 1)
+    # to the host, in the order of Scores
+    columns = (preds, *scored, optimal_path, q[:, 0], steps, exact_by_step)
+    arrays = [column[rows].cpu().numpy() for column in columns]
+    scores = Scores(examples, *arrays, fits_canvas=np.ones(len(examples), bool))
+    if canvas:
+        # an answer is wrong if its target was cut, that is, if colours (tokens above 1) are missing
+        n_colours = [(split.gather(examples, canvas=side)[1] > 1).sum(1) for side in (0, canvas)]
+        fits_canvas = n_colours[0] == n_colours[1]
+        scores = scores._replace(
+            preds=paste_top_left(scores.preds, SIDE),
+            exact=scores.exact & fits_canvas,
+            exact_by_step=scores.exact_by_step & fits_canvas[:, None],
+            fits_canvas=fits_canvas,
+        )
+    return scores
 
-def vote_over_symmetries(model, kind, inputs, ids, effort, rng, logits, q):
-    """Logits and q of the answer that most symmetric copies agree on (then: the most confident), copies
-    undone."""
-    tries, halts = [logits], [q]
-    for k in range(1, effort.augment + 1):
-        relabel, cells = (torch.as_tensor(a, dtype=torch.int64, device=q.device)
-                          for a in symmetries(kind, model.cfg, rng, len(inputs), k))
-        copies = relabel.gather(1, inputs.long().gather(1, cells)).to(inputs.dtype)
-        other, other_q = last_thought(model, copies, ids, effort.of(model.cfg))
-        back = cells.argsort(1)[..., None].expand_as(other)
-        tries.append(other.gather(1, back).gather(2, relabel[:, None].expand_as(other)))
-        halts.append(other_q)
-    tries, halts = torch.stack(tries), torch.stack(halts)                            # (K, B, S, V), (K, B, 2)
-    boards, sure, rank = tries.argmax(-1), halts[..., 0].sigmoid(), []
-    for board in boards:
-        same = (boards == board).all(-1)                                             # (K, B)
-        votes = same.sum(0)
-        rank.append(votes + 0.5 * (same * sure).sum(0) / votes)
-    best = torch.stack(rank).argmax(0)                                      # (B,), the first of equals
-    each = torch.arange(len(best), device=best.device)
-    return tries[best, each], halts[best, each]
-
-
-# ---------------------------------------------------------------------------------------------
-# Evaluating
 
 class Evaluation(NamedTuple):
-    """The same on every rank and for every number of ranks, but for `mine`."""
-    metrics: dict               # exact_acc, cell_acc, lm_loss, ..., on ARC pass@K; see model.metric_names
-    scores: Scores              # of all ranks, without preds
-    votes: ArcVotes | None      # on ARC
-    mine: Scores                # of this rank, with preds
+    """The same on every rank, and for any number of ranks."""
+
+    # exact_acc, cell_acc, lm_loss, ... (model.metric_names) and, for ARC, pass@K
+    metrics: dict
+    # without preds, unless they are asked for
+    scores: Scores
+    # ArcVotes for ARC, else None
+    votes: object
 
 
-def evaluate(model, split, world, batch_size, limit=None, effort=PLAIN, examples=None, quiet=False):
-    """Evaluation of the model, in its present weights, on the given rows of a split; by default the first
-    `limit`."""
-    examples = np.arange(len(split))[:limit] if examples is None else examples
-    mine = score(model, split, world, batch_size, examples, effort, quiet)
-    scores = joined(world.gather_objects(mine._replace(preds=mine.preds[:, :0])))
-    metrics, votes, puzzles = summary(model.cfg, scores), None, test_puzzles(split)
-    if puzzles is not None:
+def evaluate(
+    model,
+    split,
+    world,
+    batch_size,
+    limit=None,
+    max_aug=None,
+    compute=ALL_STEPS_ONCE,
+    keep_preds=False,
+):
+    """Evaluation of the model with its current weights.
+
+    limit: score the first examples only. max_aug: score the originals and so many of their augmentations."""
+    examples = np.arange(len(split))
+    if max_aug is not None:
+        # the first puzzle of a group is the original, the others are its augmentations
+        originals = split.group_indices[split.group_of(examples)]
+        examples = examples[split.puzzle_of(examples) - originals <= max_aug]
+    examples = examples[:limit]
+    scores = score(model, split, world, batch_size, examples, compute)
+
+    # ---- ARC: the answers to all augmented copies of a puzzle vote
+    votes, metrics = None, {}
+    puzzles = load_test_puzzles(split)
+    if puzzles:
         votes = ArcVotes(puzzles, split.names, partial=len(examples) < len(split))
-        for i in range(0, len(mine.examples), 4096):    # inputs are read again: not all fit into memory
-            part = slice(i, i + 4096)
-            inputs, _, ids = split.gather(mine.examples[part])
-            votes.add(inputs, mine.preds[part], mine.q[part], ids, mine.examples[part])
-        votes.merge(world.gather_objects(votes.payload()))
-        metrics = votes.result() | metrics
-    if split.sides.any():
-        metrics["cut_answers"] = int((~scores.fits).sum())      # too large for their canvas
-    return Evaluation(metrics, scores, votes, mine)
+        # inputs are read again in parts, because all of them may not fit into memory
+        for start in range(0, len(scores.examples), 4096):
+            part = slice(start, start + 4096)
+            inputs, _, puzzle_ids = split.gather(scores.examples[part])
+            votes.add(inputs, scores.preds[part], scores.q_halt[part], puzzle_ids, scores.examples[part])
+        votes.merge(world.all_gather_object(votes.votes))
+        metrics = votes.result()
 
-
-def summary(cfg, scores):
-    """{metric: mean over the rows whose answer is known}; n is how many these are."""
-    s, names = Scores(*(column[scores.n > 0] for column in scores)), metric_names(cfg)
-    if not len(s.n):
-        return {"n": 0}
-    q_loss = np.logaddexp(0, s.q.astype(np.float64)) - s.q * s.right
-    columns = {names.right: s.right, names.cell: s.cell, names.loss: s.loss,
-               "q_halt_acc": (s.q >= 0) == s.right, "q_halt_loss": q_loss, "steps": s.steps}
-    return {**{name: float(c.mean(dtype=np.float64)) for name, c in columns.items()}, "n": len(s.n)}
+    # ---- the scores of all ranks; preds are large
+    if not keep_preds:
+        scores = scores._replace(preds=scores.preds[:, :0])
+    scores = joined(world.all_gather_object(scores))
+    metrics |= summary(model.cfg, scores, split.task)
+    if split.canvases.any():
+        metrics["cut_answers"] = int((~scores.fits_canvas).sum())
+    return Evaluation(metrics, scores, votes)
 
 
 # ---------------------------------------------------------------------------------------------
-# A checkpoint and its data
+# Metrics
 
-class Opened(NamedTuple):
-    """A model that is ready to answer, and where it came from."""
+
+def all_exact(cfg, logits, labels):
+    """(B,) bool: RowScores.exact, without the cost of the loss."""
+    if cfg.regression:
+        return score_rows(cfg, logits, labels).exact
+    correct = logits.argmax(-1) == labels
+    ignored = labels == IGNORE_LABEL
+    return (correct | ignored).all(-1)
+
+
+def optimal_paths(inputs, labels, preds):
+    """(B,) bool: the answer to a maze is a shortest path from S to G. Mazes have many, and exact_acc accepts
+    only the one of the label. All arguments are (B, S) tokens of square mazes.
+
+    No search is needed, because the label is a shortest path. An answer is one, too, if
+    (a) every cell equals the question's, or is PATH where the question is FREE;
+    (b) it has as many path cells as the label;
+    (c) among the path cells, S and G, each path cell has exactly two neighbours, S and G exactly one.
+    By (c), the cells connected to S are a simple path that can only end in G. It has at least as many cells
+    as a shortest path, so by (b) there are no others. Conversely, (c) holds for every shortest path: if two
+    of its cells were neighbours without being consecutive, it could be shortened."""
+    path = preds == PATH
+    on_free_cell = path & (inputs == FREE)
+    allowed = on_free_cell | (preds == inputs)
+    same_length = path.sum(1) == (labels == PATH).sum(1)
+    ends = (inputs == START) | (inputs == GOAL)
+    cells = path | ends
+    # the number of neighbours, as a convolution over the grid
+    side = isqrt(inputs.shape[1])
+    grid = cells.view(-1, 1, side, side).float()
+    cross = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]], device=grid.device)
+    neighbours = F.conv2d(grid, cross[None, None], padding=1).flatten(1)  # (B, S)
+    expected = torch.where(ends, 1, 2)
+    unbroken = ~cells | (neighbours == expected)
+    return allowed.all(1) & same_length & unbroken.all(1)
+
+
+def summary(cfg, scores, task=None):
+    """{metric: mean over the examples whose answer is known}, and n, the number of these examples."""
+    known = Scores(*(column[scores.n_labels > 0] for column in scores))
+    if not len(known.examples):
+        return {"n": 0}
+    names = metric_names(cfg)
+    # binary cross-entropy of a logit, as in model.act_loss
+    wrong_way = np.where(known.exact, -known.q_halt, known.q_halt)
+    columns = {
+        names.exact: known.exact,
+        names.cell_acc: known.cell_acc,
+        names.loss: known.loss,
+        "q_halt_acc": (known.q_halt >= 0) == known.exact,
+        "q_halt_loss": np.logaddexp(0, wrong_way),
+        "steps": known.steps,
+    }
+    if task == "maze":
+        columns["optimal_path_acc"] = known.optimal_path
+    metrics = {name: float(np.mean(column)) for name, column in columns.items()}
+    metrics["n"] = len(known.examples)
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------
+# ARC voting
+
+PASS_K = (1, 2, 5, 10, 100, 1000)
+# share of all test inputs that are solved within two attempts, whichever puzzle they belong to
+POOLED = "pass@2 of test inputs"
+
+
+def load_test_puzzles(split):
+    """{puzzle id: {"train": ..., "test": [{input, output}]}} from test_puzzles.json of the split's folders;
+    {} if the split is not ARC. Outputs are missing in hidden test sets."""
+    puzzles = {}
+    for folder in split.dirs:
+        file = folder / "test_puzzles.json"
+        if file.exists():
+            puzzles |= read_json(file)
+    return puzzles
+
+
+def grid_key(grid):
+    """A grid as bytes, which can be compared and hashed: its number of columns, then its cells."""
+    grid = np.asarray(grid, np.uint8)
+    return bytes([grid.shape[-1]]) + grid.tobytes()
+
+
+def key_grid(key):
+    """The grid of a key as a list of rows."""
+    columns = key[0]
+    if columns == 0:
+        return []
+    return np.frombuffer(key, np.uint8, offset=1).reshape(-1, columns).tolist()
+
+
+def unaugmented(tokens, names):
+    """Keys of the grids in (N, 900) tokens, cropped and without their augmentations.
+
+    names: N results of prepare.arc.parse_name, which contain the augmentations."""
+    keys = []
+    canvases = tokens.astype(np.uint8).reshape(-1, SIDE, SIDE)
+    for canvas, height, width, (_, transform, colours) in zip(canvases, *crop(tokens), names):
+        grid = dihedral(canvas[:height, :width], DIHEDRAL_INVERSE[transform])
+        # from a token to the colour in the original puzzle: one lookup per cell
+        original_colours = bytes.maketrans(colours.translate(TO_TOKEN), ORIGINAL)
+        cells = grid.tobytes().translate(original_colours)
+        keys.append(bytes([grid.shape[1]]) + cells)
+    return keys
+
+
+class ArcVotes:
+    """Votes for the test outputs of ARC puzzles.
+
+    Each answer to an augmented copy of a puzzle is one vote, for the test input that its own input is without
+    the augmentation. Every rank adds its own examples, and merge() takes the votes of all ranks, so that the
+    result is the same for any number of ranks.
+
+    test_puzzles: from load_test_puzzles. identifiers: names of the rows of the puzzle table.
+    partial: test inputs without any votes do not count."""
+
+    def __init__(self, test_puzzles, identifiers, partial=False):
+        self.identifiers = identifiers
+        self.partial = partial
+        # {(puzzle id, key of a test input): number}; equal inputs of a puzzle are one question
+        self.questions = {}
+        # {puzzle id: [(number of the question, key of the output or None)]}
+        self.tests = {}
+        for name, puzzle in test_puzzles.items():
+            self.tests[name] = []
+            for pair in puzzle["test"]:
+                question = (name, grid_key(pair["input"]))
+                number = self.questions.setdefault(question, len(self.questions))
+                output = grid_key(pair["output"]) if "output" in pair else None
+                self.tests[name].append((number, output))
+        # (example, number of the question, key of the answer, probability of halting)
+        self.votes = []
+
+    def add(self, inputs, preds, q_halt, puzzle_ids, examples):
+        """Add a batch: inputs and preds (B, 900) tokens, q_halt (B,) logits, puzzle_ids (B,), examples (B,)
+        example numbers. Raises UserError for an unknown test input."""
+        names = [parse_name(self.identifiers[i]) for i in puzzle_ids]
+        questions = unaugmented(inputs, names)
+        answers = unaugmented(preds, names)
+        # sigmoid, in a form that cannot overflow
+        p_halt = np.exp(-np.logaddexp(0, -q_halt.astype(np.float64)))
+        rows = zip(examples.tolist(), names, questions, answers, p_halt.tolist())
+        for example, (name, _, _), question, answer, p in rows:
+            number = self.questions.get((name, question))
+            message = f"test_puzzles.json lacks a test input of {name}; rebuild it with prepare/arc.py"
+            require(number is not None, message)
+            self.votes.append((example, number, answer, p))
+
+    def merge(self, votes_of_ranks):
+        """Rank the answers to every question by (number of votes, mean probability of halting); of equal
+        answers, the one of the first example comes first."""
+        # per question {answer: probabilities, one per vote}
+        tallies = [{} for _ in self.questions]
+        for _, number, answer, p in sorted(chain(*votes_of_ranks)):
+            tallies[number].setdefault(answer, []).append(p)
+        # per question its answers, best first
+        self.candidates = []
+        for tally in tallies:
+            strength = {answer: (len(p), sum(p) / len(p)) for answer, p in tally.items()}
+            self.candidates.append(sorted(strength, key=strength.get, reverse=True))
+
+    def ranks(self):
+        """One array per puzzle with known outputs: the rank of each output among the candidates, from 0;
+        infinity if it is not one of them."""
+        puzzles = []
+        for tests in self.tests.values():
+            ranks = []
+            for number, output in tests:
+                candidates = self.candidates[number]
+                if output is not None and (candidates or not self.partial):
+                    ranks.append(candidates.index(output) if output in candidates else np.inf)
+            if ranks:
+                puzzles.append(np.array(ranks))
+        return puzzles
+
+    def result(self):
+        """{"pass@K": mean over puzzles of the share of test inputs that are solved within K attempts}, which
+        is the official score, and POOLED. {} if no output is known."""
+        puzzles = self.ranks()
+        if not puzzles:
+            return {}
+        metrics = {}
+        for k in PASS_K:
+            solved = [np.mean(ranks < k) for ranks in puzzles]
+            metrics[f"pass@{k}"] = float(np.mean(solved))
+        metrics[POOLED] = float(np.mean(np.concatenate(puzzles) < 2))
+        return metrics
+
+    def submission(self):
+        """{puzzle id: [{"attempt_1": grid, "attempt_2": grid}]} for every test input. A single candidate is
+        both attempts; without candidates they are [[0]]."""
+        answers = {}
+        for name, tests in self.tests.items():
+            answers[name] = []
+            for number, _ in tests:
+                best_two = self.candidates[number][:2]
+                grids = [key_grid(key) for key in best_two] or [[[0]]]
+                answers[name].append({"attempt_1": grids[0], "attempt_2": grids[-1]})
+        return answers
+
+
+# ---------------------------------------------------------------------------------------------
+# Intervals and the RESULT line
+
+# the metrics in a RESULT line, in this order
+RESULT_METRICS = (
+    "pass@1",
+    "pass@2",
+    "exact_acc",
+    "optimal_path_acc",
+    "cell_acc",
+    "regression_loss",
+    "mae",
+    "within_tolerance",
+)
+
+
+def wilson_interval(p, n):
+    """95% Wilson score interval (low, high) of a proportion p of n."""
+    a = 1.96**2 / n
+    half_width = math.sqrt(a * (p * (1 - p) + a / 4))
+    low = (p + a / 2 - half_width) / (1 + a)
+    high = (p + a / 2 + half_width) / (1 + a)
+    return max(0.0, low), high
+
+
+def intervals(cfg, metrics, votes):
+    """{"95% interval of METRIC": [low, high]} of the metrics that are proportions.
+
+    For ARC over test inputs: augmented copies of a puzzle are not independent, and the official pass@2 is a
+    mean of shares, for which the Wilson interval is not made."""
+    names = [metric_names(cfg).exact, "optimal_path_acc"]
+    n = metrics["n"]
+    if POOLED in metrics:
+        names = [POOLED]
+        n = len(np.concatenate(votes.ranks()))
+    found = {}
+    for name in names:
+        if name in metrics:
+            low, high = wilson_interval(metrics[name], n)
+            found[f"95% interval of {name}"] = [round(low, 4), round(high, 4)]
+    return found
+
+
+def result_line(preset, results, steps, train_flops, train_s, device):
+    """The last line of a run: `RESULT preset=mini exact_acc=0.9980 ... train_pflop=0.31 ...`.
+
+    results: {metric: value}. train_flops: FLOPs of the whole run. train_s: seconds."""
+    words = [f"RESULT preset={preset}"]
+    for name in RESULT_METRICS:
+        if name in results:
+            words.append(f"{name}={results[name]:.4f}")
+    words.append(f"n={results['n']} steps={steps} train_pflop={train_flops / 1e15:.4g}")
+    words.append(f"train_s={train_s:.1f} device={device}")
+    return " ".join(words)
+
+
+# ---------------------------------------------------------------------------------------------
+# Load a model and its data
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode and where it comes from."""
+
     model: TRM
     path: Path
-    content: dict           # of the file; see train.Run.checkpoint for ours
-    split: Split | None     # the test split
-    kind: str | None        # of the boards: "sudoku", "maze", "arc", "numbers", "tokens"; None: nobody knows
+    # of the checkpoint file; see hub.load_weights
+    content: dict
+    # the test split; None if it is not needed
+    split: Split | None
 
 
 def checkpoint_flags(add):
-    """The flags that say which model; shared with solve.py."""
-    count = within(int, 1)
-    add("--checkpoint", metavar="PATH", help="run folder (its newest) or checkpoint file")
-    add("--hf", metavar="OWNER/REPO[/FILE]", help="published weights from the hub")
-    add("--data", nargs="+", metavar="DIR", help="dataset folders; default: the checkpoint's")
-    add("--canvases", nargs="+", type=count, metavar="N", help="ARC; default: the checkpoint's")
-    add("--H-cycles", type=count, metavar="T", help="overrides the checkpoint")
-    add("--L-cycles", type=count, metavar="n", help="likewise")
-    add("--num-heads", type=count, metavar="N", help="likewise")
-    add("--puzzle-emb-len", type=within(int, 0), metavar="P", help="likewise")
-    add("--dtype", choices=["bfloat16", "float32"], help="likewise")
-    add("--ema", action=argparse.BooleanOptionalAction, default=True, help="averaged weights, not the last")
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="to run on")
+    """Add the flags that choose a model and its data. tools/solve.py has them, too."""
+    count = bounded(int, 1)
+    add("--checkpoint", metavar="PATH", help="run folder (its newest checkpoint) or checkpoint file")
+    add("--hf", metavar="OWNER/REPO[/FILE]", help="published weights on the Hugging Face hub")
+    add("--data", nargs="+", metavar="DIR", help="dataset folders")
+    add("--canvases", nargs="+", type=count, metavar="N", help="ARC: sides of the canvases")
+    add("--H-cycles", type=count, metavar="T", help="number of recursion cycles T")
+    add("--L-cycles", type=count, metavar="n", help="number of latent updates n per cycle")
+    add("--num-heads", type=count, metavar="N", help="number of attention heads")
+    add("--puzzle-emb-len", type=bounded(int, 0), metavar="P", help="number of prefix positions P")
+    add("--dtype", choices=["bfloat16", "float32"], help="precision of the activations")
+    add("--ema", action=argparse.BooleanOptionalAction, default=True, help="use the averaged (EMA) weights")
+    devices = ["auto", "cuda", "mps", "cpu"]
+    add("--device", choices=devices, default="auto", help="device (auto: cuda, then mps, then cpu)")
 
 
-def open_model(args, world, needs_data=True, reset=False):
-    """Opened, by the flags of checkpoint_flags. needs_data: False opens the test split only if it is there.
-    reset: replace the puzzle table by its mean row. Raises UserError."""
-    if bool(args.checkpoint) == bool(args.hf):
-        raise UserError("give one of --checkpoint and --hf")
-    path, settings, known = hub.fetch(args.hf, world) if args.hf else (find_file(args.checkpoint), {}, None)
-    settings |= {k: v for k, v in vars(args).items() if k in hub.FIELDS and v is not None}
-    content = hub.load_weights(path)
-    dataset = prepare.KNOWN.get(known)
-    dirs = args.data or content.get("data_test") or ([dataset.folder] if dataset else [])
-    if not dirs and needs_data:
-        raise UserError("--data is missing: this checkpoint does not say which dataset it is for")
-    split = None
-    if needs_data or dirs and all(Path(d).exists() for d in dirs):
-        if dataset and dirs == [dataset.folder]:
-            prepare.ensure(dataset.folder, world)
-        split = open_split(dirs, content, args.canvases)
-    cfg, state = hub.read_model(content, settings, split.meta["seq_len"] if split else None, args.ema)
-    if split and reset:
-        cfg = replace(cfg, num_puzzles=split.meta["num_puzzle_identifiers"])
-        state["puzzle_emb"] = state["puzzle_emb"].mean(0).repeat(cfg.num_puzzles, 1)
+def load_model(args, world, reset=False, needs_data=True):
+    """LoadedModel for the flags of checkpoint_flags. Raises UserError.
+
+    reset: replace every row of the puzzle table by the mean row.
+    needs_data: if False, the test split is loaded only with --data."""
+    require(bool(args.checkpoint) != bool(args.hf), "pass either --checkpoint or --hf")
+    # ---- the file: every rank maps it into memory, and none reads m, v or the carry
+    if args.hf:
+        path, settings, folder = hub.fetch(args.hf, world)
+    else:
+        path, settings, folder = find_checkpoint(args.checkpoint), {}, None
+    content = hub.load_weights(path, verify=world.rank == 0)
+    for name, value in vars(args).items():
+        if name in hub.FIELDS and value is not None:
+            settings[name] = value
+
+    # ---- the test split
+    split, seq_len = None, None
+    if needs_data or args.data:
+        split = load_test_split(args, world, content, folder)
+        seq_len = split.meta["seq_len"]
+
+    # ---- the model
+    cfg, state = hub.read_model(content, settings, seq_len, args.ema)
     if split:
-        must_fit(content, cfg, split, reset)
-    recipes = [{"builder": dataset.builder}] if dataset else content.get("recipe", [])
-    kind = split.kind if split else "numbers" if cfg.regression else prepare.board_kind(recipes)
-    return Opened(build(cfg, state).to(world.device).eval(), path, content, split, kind)
+        check_dataset(content, cfg, split, reset)
+    model = build_model(cfg, state).to(world.device)
+    if reset:
+        model.puzzle_emb = model.puzzle_emb.mean(0).expand(len(split.names), -1)
+    return LoadedModel(model.eval(), path, content, split)
 
 
-def open_split(dirs, content, canvases=None):
-    """The test split in `dirs`, its puzzles numbered as in training, as far as the data of that are there.
-    canvases: by default those of the training."""
-    recipes = dict(zip(content.get("data", []), content.get("recipe", [])))
-    prepare.must_exist(dirs, recipes)
-    trained = [d for d in content.get("data", []) if Path(d).exists()]
-    trained = trained if len(trained) == len(content.get("data", [])) else []
-    length = content.get("config", {}).get("seq_len")
-    split = Split(trained or dirs, "test", dirs, length)
-    canvases = canvases or content.get("settings", {}).get("canvases")
+def load_test_split(args, world, content, folder):
+    """The test split of --data, by default that of the checkpoint or, for published weights, `folder`, which
+    is built if it is missing."""
+    dirs = args.data or content.get("data_test") or [folder]
+    require(dirs[0], "the checkpoint does not name its dataset; pass --data DIR")
+    known = prepare.known_dataset(dirs[0])
+    if args.hf and known and known.folder == dirs[0]:
+        prepare.build_if_missing(dirs[0], world)
+    # The puzzle table begins with the puzzles of the training folders, so they number those of dirs, too.
+    train_dirs = content.get("data") or dirs
+    if not all(Path(folder).exists() for folder in train_dirs):
+        train_dirs = dirs
+    # for latent episodes; other datasets have one length
+    seq_len = content["config"].get("seq_len")
+    split = Split(train_dirs, "test", dirs, seq_len)
+    canvases = args.canvases or content.get("settings", {}).get("canvases")
     if canvases:
-        put_on_canvases(Split(trained or dirs, "train", dirs, length), split, canvases)
+        assign_canvases(Split(train_dirs, "train", dirs, seq_len), split, canvases)
     return split
 
 
-def must_fit(content, cfg, split, reset):
-    """Refuse a dataset that the checkpoint was not made for. Raises UserError."""
-    dirs, rows = " ".join(map(str, split.dirs)), split.meta["num_puzzle_identifiers"]
+def check_dataset(content, cfg, split, reset):
+    """Raise UserError if the shapes of the dataset are not those of the model, or if the rows of the puzzle
+    table mean other puzzles. reset: they are all equal."""
+    folder = split.dirs[0]
     for name in ("seq_len", "vocab_size", "input_dim", "target_dim"):
-        found, asked = split.meta.get(name, 0), getattr(cfg, name)
-        if found != asked:
-            raise UserError(f"{dirs} has {name} {found}, the checkpoint {asked}; give its own dataset with "
-                            f"--data")
-    if reset:
-        return
-    cure = "give its dataset with --data, or --reset-puzzle-emb to replace every row by the mean row"
-    if content.get("identity", split.identity) != split.identity:
-        sums = f"its identifiers.json has sha256 {split.identity[:12]}, not {content['identity'][:12]}"
-        raise UserError(f"the puzzles of {dirs} are not those the checkpoint was trained on, "
-                        f"{' '.join(content['data'])} ({sums}); {cure}")
-    if cfg.num_puzzles != rows:
-        raise UserError(f"the checkpoint's table has {cfg.num_puzzles:,} rows, {dirs} has {rows:,} "
-                        f"identifiers; {cure}")
-
-
-def choose_examples(split, limit, max_aug):
-    """The rows to score (n,), and what to call them when they are not all (else None)."""
-    examples, part = np.arange(len(split)), []
-    if max_aug is not None:
-        number = split.puzzle_of(examples) - split.group_indices[split.group_of(examples)]
-        examples = examples[number <= max_aug]
-        part.append(f"{max_aug} augmentations a puzzle")
-    if limit is not None and limit < len(examples):
-        part.append(f"the first {limit:,} of {len(examples):,} rows")
-        examples = examples[:limit]
-    return examples, ", ".join(part) or None
+        expected = getattr(cfg, name)
+        same = split.meta.get(name, 0) == expected
+        require(same, f"{folder} does not have the checkpoint's {name} {expected}; change --data")
+    same_puzzles = content.get("puzzle_ids_sha256") in (None, split.puzzle_ids_sha256)
+    require(
+        reset or (same_puzzles and cfg.num_puzzles == len(split.names)),
+        f"{folder} has other puzzles than the checkpoint's puzzle table; change --data, or use the table's "
+        f"mean row for every puzzle with --reset-puzzle-emb",
+    )
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line
+# Command line
+
 
 def flags():
     parser = Parser(__doc__)
-    onoff, count = argparse.BooleanOptionalAction, within(int, 1)
-    add = parser.add_argument_group("what").add_argument
+    count = bounded(int, 1)
+    add = parser.add_argument_group("model and data (default: as stored in the checkpoint)").add_argument
     checkpoint_flags(add)
-    add("--output", metavar="DIR", help="default: beside the checkpoint, or runs/eval-REPO")
-    add("--reset-puzzle-emb", action="store_true", help="every row of the puzzle table = their mean")
-    add = parser.add_argument_group("score").add_argument
-    add("--limit", type=count, metavar="N", help="the first N rows only")
-    add("--max-aug", type=within(int, 0), metavar="N", help="ARC: N augmentations a puzzle")
-    add("--min-exact", type=within(float, 0, 1), metavar="X", help="exit 1 when exact_acc is below")
+    add("--reset-puzzle-emb", action="store_true", help="use the table's mean row for every puzzle")
+
+    add = parser.add_argument
+    add("--limit", type=count, metavar="N", help="score the first N examples only")
+    add("--max-aug", type=bounded(int, 0), metavar="N", help="ARC: score at most N augmentations per puzzle")
+    add(
+        "--min-exact",
+        type=bounded(float, 0, 1),
+        default=0.0,
+        metavar="X",
+        help="exit with 1 if exact_acc is below X",
+    )
+    add("--output", metavar="DIR", help="folder for the results (default: beside the checkpoint)")
     add("--save-preds", action="store_true", help="write predictions.npz")
-    add("--show", type=count, metavar="N", help="draw N test puzzles: show.png")
-    add("--compare", nargs=2, metavar=("A", "B"), help="two results.json: is B better?")
-    add = parser.add_argument_group("compute at test time").add_argument
-    add("--steps", type=count, metavar="N", help="supervision steps")
-    add("--halt", action="store_true", help="stop a row when it is sure, fill its slot")
-    add("--halt-threshold", type=within(float, -1e9, 1e9), default=0.0, metavar="Q",
-        help="of --halt: q_halt above it is sure")
-    add("--rollouts", type=count, default=1, metavar="K", help="tries; the surest wins")
-    add("--noise", type=within(float, 0), default=0.0, help="on the states of tries 2 .. K")
-    add("--augment", type=within(int, 0), default=0, metavar="K", help="vote with K symmetric copies")
-    add = parser.add_argument_group("run").add_argument
-    add("--batch-size", type=count, metavar="N", help="of one rank; default: by device")
-    add("--compile", action=onoff, help="torch.compile; default: on a GPU")
+    add("--show", type=count, metavar="N", help="draw N test puzzles to show.png")
+    add("--batch-size", type=count, metavar="N", help="rows per batch of a rank (default: by device)")
+    use_compile = argparse.BooleanOptionalAction
+    add("--compile", action=use_compile, help="use torch.compile (default: on a GPU)")
+
+    group = parser.add_argument_group("test-time compute")
+    add = group.add_argument
+    add("--steps", type=count, metavar="N", help="supervision steps (default: N_sup of the checkpoint)")
+    add("--noise", type=bounded(float, 0), default=0.3, metavar="X", help="noise in y and z of rollouts")
+    add("--halt-threshold", type=float, default=0.0, metavar="Q", help="threshold of --halt")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--rollouts", type=count, default=1, metavar="K", help="try K times, keep the highest q_halt")
+    add("--halt", action="store_true", help="stop a puzzle once q_halt is above the threshold")
     return parser
 
 
-def effort_of(args):
-    """The Effort that the flags ask for. Raises UserError for flags that do nothing, or not together."""
-    if args.halt + (args.rollouts > 1) + (args.augment > 0) > 1:
-        raise UserError("--halt, --rollouts and --augment: only one of them at once; leave the others out")
-    if args.halt_threshold and not args.halt:
-        raise UserError("--halt-threshold does nothing without --halt; add it")
-    if (args.rollouts > 1) != (args.noise > 0):
-        raise UserError(f"--rollouts {args.rollouts} --noise {args.noise}: tries differ by noise only; give "
-                        f"both, for instance --rollouts 10 --noise 0.3")
-    halt = args.halt_threshold if args.halt else None
-    return Effort(args.steps, halt, args.rollouts, args.noise, args.augment)
-
-
-def check_task(args, opened):
-    """Flags that do something for some tasks only. Raises UserError."""
-    arc = test_puzzles(opened.split) is not None
-    for name, there in (("max_aug", arc), ("augment", opened.kind in ("sudoku", "maze"))):
-        if getattr(args, name) and not there:
-            raise UserError(f"--{name.replace('_', '-')} does nothing for {opened.split.dirs[0]}; leave it "
-                            f"out")
-    if args.augment > 7 and opened.kind == "maze":
-        raise UserError(f"--augment {args.augment}: a maze has 7 symmetric copies; lower it")
-
-
-def measure(args, world, opened, effort):
-    """(results.json as a dict, Evaluation): everything that takes time."""
-    model, split, cfg = opened.model, opened.split, opened.model.cfg
-    examples, part = choose_examples(split, args.limit, args.max_aug)
-    length = cfg.puzzle_emb_len + (int(split.sides.max()) ** 2 or cfg.seq_len)      # on the largest canvas
-    size = args.batch_size or (768 if world.device.type == "cuda" else max(1, 2 ** 12 // length))
+def measure(args, world, loaded):
+    """(Evaluation, content of results.json) for the flags of main()."""
+    model, split = loaded.model, loaded.split
     on_gpu = world.device.type == "cuda"
-    if args.compile or args.compile is None and on_gpu and not compiler_lacks(world.device):
+    if args.compile or (args.compile is None and on_gpu and not missing_compiler(world.device)):
         compile_model(model)
-    n_params, curve = sum(p.numel() for p in model.parameters()), []
-    averaged = args.ema and opened.content.get("ema")
-    about = {"checkpoint": f"{opened.path}, {'averaged' if averaged else 'last'} weights",
-             "data": " ".join(map(str, split.dirs)), "supervision steps": effort.of(cfg),
-             "parameters": n_params, "with puzzle table": n_params + model.puzzle_emb.numel(),
-             "device": f"{world.size} x {world.device.type}", "precision": cfg.dtype, "batch of a rank": size}
-    of_each_side = examples[np.unique(split.side_of(examples), return_index=True)[1]]
-    score(model, split, world, size, of_each_side, Effort(steps=1), quiet=True)     # compiles, allocates
+    # 768 as published; on a CPU so many rows that their states fit the caches
+    n_cells = int(split.canvases.max()) ** 2 or model.cfg.seq_len
+    cpu_size = 4096 // (model.cfg.puzzle_emb_len + n_cells)
+    batch_size = args.batch_size or (768 if on_gpu else max(1, cpu_size))
+    halt_threshold = args.halt_threshold if args.halt else None
+    compute = TestTimeCompute(args.steps, halt_threshold, args.rollouts, args.noise)
+    keep_preds = args.save_preds or args.show
+
+    # ---- score
     start = time.perf_counter()
-    if args.halt:
-        sample = examples[:10 * size * world.size]
-        full = evaluate(model, split, world, size, None, Effort(args.steps), sample).metrics
-        speed, right = len(sample) / (time.perf_counter() - start), metric_names(cfg).right
-        known = f"{right} {full[right]:.4f}, " if right in full else ""
-        about["without halting"] = f"{known}{speed:,.1f} rows/s, on the first {len(sample):,} rows"
-        start = time.perf_counter()
-    found = evaluate(model, split, world, size, None, effort, examples)
-    about["seconds"] = time.perf_counter() - start
-    about["rows/s"] = len(examples) / about["seconds"]
-    if effort.rollouts == 1 and not effort.augment and effort.halt is None and found.metrics["n"]:
-        curve = found.scores.history[found.scores.n > 0].mean(0).tolist()
-    metrics = dict(found.metrics)
-    if "pass@2" in metrics:
-        metrics["pass@2 of test inputs"] = float((np.concatenate(found.votes.places()) < 2).mean())
-    return {"metrics": metrics, "intervals": intervals(cfg, metrics, found.votes), "part": part,
-            "exact_acc_by_step": curve, "about": about, "effort": effort._asdict(),
-            "identity": split.identity}, found
+    evaluation = evaluate(model, split, world, batch_size, args.limit, args.max_aug, compute, keep_preds)
+    metrics, scores, votes = evaluation
 
-
-def write_results(args, world, opened, results, found, output):
-    """All files; True when each could be written. What is gathered here is gathered on every rank."""
-    keep = args.save_preds or args.show
-    mine = world.gather_objects(found.mine if keep else None)
-    if world.rank:
-        return True
-    split, prefix = opened.split, "part-" if results["part"] else ""
-    right, rows = found.scores.right, found.scores.examples
-    if found.votes and found.votes.places():
-        right = np.concatenate(found.votes.places()) < 2
-        rows = np.arange(len(right))
-    some = split.gather(found.scores.examples[:1000])[0]
-    data = hashlib.sha256(some.tobytes()).hexdigest()       # tells --compare the same data
-    files = {"results.json": lambda path: write_json(path, results),
-             "right.npz": lambda path: write_npz(path, row=rows, right=right, data=data)}
-    if found.votes:
-        files["submission.json"] = lambda path: write_json(path, found.votes.submission())
-    scores = joined(mine) if keep else None
-    if args.save_preds:
-        inputs, labels, ids = split.gather(scores.examples)
-        arrays = dict(inputs=inputs, labels=labels, puzzle_identifiers=ids, preds=scores.preds,
-                      q_halt_logits=scores.q)
-        files["predictions.npz"] = lambda path: write_npz(path, **arrays)
-    if args.show:
-        cfg = opened.model.cfg
-        files["show.png"] = lambda path: draw.draw_examples(cfg, opened.kind, path, split, scores, args.show)
-    failed = []
-    for name, write_file in files.items():
-        try:
-            write_file(output / f"{prefix}{name}")
-        except OSError as e:
-            failed.append(f"{prefix}{name} ({one_line(e.strerror or e)})")
-    if failed:
-        print(f"error: {output} did not take {', '.join(failed)}; the figures are above", file=sys.stderr)
-    return not failed
-
-
-def write_npz(path, **arrays):
-    packed = BytesIO()
-    np.savez(packed, **arrays)
-    write(path, packed.getvalue())
-
-
-def must_be_writable(output):
-    """Try it before hours are spent. Raises UserError."""
-    try:
-        write(output / "test-of-writing", b"can be deleted")
-        (output / "test-of-writing").unlink()
-    except OSError as e:
-        raise UserError(f"--output {output} cannot be written ({e.strerror or e}); name another "
-                        f"folder") from None
+    # ---- how the scores came about
+    about = {
+        "checkpoint": str(loaded.path),
+        "averaged weights": bool(args.ema and loaded.content.get("ema")),
+        "data": " ".join(map(str, split.dirs)),
+        "rows": f"{len(scores.examples):,} of {len(split):,}",
+        "device": f"{world.size} x {world.device.type}",
+        "batch size per rank": batch_size,
+        "seconds": time.perf_counter() - start,
+    }
+    if metrics["n"]:
+        exact_acc = scores.exact_by_step[scores.n_labels > 0].mean(0)
+        about["exact after each step"] = exact_acc.round(4).tolist()
+    results = {
+        "metrics": metrics,
+        "about": about | intervals(model.cfg, metrics, votes),
+        "test_time_compute": compute._asdict(),
+        "config": asdict(model.cfg),
+    }
+    return evaluation, results
 
 
 def run(args, world):
-    effort = effort_of(args)
-    opened = open_model(args, world, reset=args.reset_puzzle_emb)
-    check_task(args, opened)
-    beside = "runs/eval-" + "-".join(args.hf.split("/")[1:]) if args.hf else opened.path.parent
-    output = Path(args.output or beside)
+    """Score the checkpoint, write and print the results. Returns the exit code."""
+    loaded = load_model(args, world, reset=args.reset_puzzle_emb)
+    cfg, split = loaded.model.cfg, loaded.split
+
+    # ---- find out now, not after hours, whether the files can be written
+    folder = args.output or loaded.path.parent
+    if args.hf and not args.output:
+        # not into the cache of the hub
+        folder = "runs/eval-" + args.hf.replace("/", "-")
+    is_part = args.limit or args.max_aug is not None
+    output = f"{folder}/part-" if is_part else f"{folder}/"
     if world.rank == 0:
-        must_be_writable(output)
-    results, found = measure(args, world, opened, effort)
-    if world.rank == 0:
-        print(*(f"{name:<22} {text}" for name, text in table(results)), sep="\n", flush=True)
-    written = write_results(args, world, opened, results, found, output)
-    exact = results["metrics"].get(metric_names(opened.model.cfg).right, 0.0)
-    if args.min_exact is not None and exact < args.min_exact:
-        print(f"{exact:.4f} is below --min-exact {args.min_exact}", file=sys.stderr)
-        return 1
-    return 0 if written else 1
+        write_file(f"{output}test", b"")
+        Path(f"{output}test").unlink()
+
+    # ---- score
+    (metrics, scores, votes), results = measure(args, world, loaded)
+    if world.rank:
+        return 0
+
+    # ---- files first, because stdout may be closed; then print, even if the disk is full
+    try:
+        write_json(f"{output}results.json", results)
+        if votes:
+            write_json(f"{output}submission.json", votes.submission())
+        if args.save_preds:
+            with replacing(f"{output}predictions.npz") as tmp, open(tmp, "wb") as f:
+                np.savez(f, **scores._asdict())
+        if args.show:
+            path = f"{output}show.png"
+            draw.try_to_draw(print, draw.draw_examples, cfg, split.task, path, split, scores, args.show)
+    finally:
+        print_results(results)
+    too_low = metrics.get(metric_names(cfg).exact, 0.0) < args.min_exact
+    if too_low:
+        print(f"exact_acc is below --min-exact {args.min_exact}", file=sys.stderr)
+    return int(too_low)
+
+
+def print_results(results):
+    for name, value in (results["metrics"] | results["about"]).items():
+        text = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name:<35} {text}")
 
 
 def main(argv=None):
-    parser = flags()
-    args = parser.parse_args(argv)
-    if args.compare:
-        parser.alone(args, "compare")
-        return compare(*args.compare)
-    world = start_world(args.device, 7200)  # seconds: rank 0 downloads and builds while the others wait
+    args = flags().parse_args(argv)
+    # 2 hours: rank 0 may download weights and build a dataset while the others wait
+    world = start_world(args.device, timeout_s=7200)
     try:
         return run(args, world)
     finally:

@@ -1,5 +1,6 @@
-"""python -m prepare NAME ...: see __init__.py."""
-from common import cli
+"""python -m prepare NAME ...: build known datasets."""
+
 from prepare import main
+from tools.common import cli
 
 cli(main)

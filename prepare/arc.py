@@ -1,22 +1,24 @@
 """Build an ARC dataset: colour and dihedral augmentations on a 30 x 30 canvas.
 
-    python prepare/arc.py                         # ARC-1, downloads its files
-    python -m prepare arc2                        # ARC-2
-    python prepare/arc.py --source DIR --num-aug 8   # your own files
-    python -m prepare mini-arc mini-arc-tune      # 46 tasks of at most 6 x 6
+    python prepare/arc.py                            # ARC-1, downloads its files
+    python -m prepare arc2                           # ARC-2
+    python prepare/arc.py --source DIR --num-aug 8 --output-dir data/mine
+    python -m prepare mini-arc mini-arc-tune         # 46 tasks of at most 6 x 6
 
-DIR holds either Kaggle's files, arc-agi_SUBSET_challenges.json and, unless the
-subset is a hidden test set, arc-agi_SUBSET_solutions.json, or folders of tasks
-as fchollet/ARC-AGI has them, SUBSET/*.json or data/SUBSET/*.json.
+DIR contains Kaggle's files, arc-agi_SUBSET_challenges.json and, unless the
+subset is a hidden test set, arc-agi_SUBSET_solutions.json; or one JSON file per
+task, SUBSET/**/*.json or data/SUBSET/**/*.json, as in fchollet/ARC-AGI,
+ConceptARC (--subsets corpus) and 1D-ARC (--subsets dataset).
 
-The examples of the test set's "train" key are trained on (TRM sees a puzzle
-only through its row of the puzzle table); its "test" key is what is scored.
-Equal seeds give the bytes of the published builder: the order of the random
+The model is trained on the "train" examples of the test set and scored on its
+"test" examples: TRM sees a puzzle only through its row of the puzzle table.
+Equal seeds give the bytes of the published builder, so the order of the random
 draws is part of the format.
 
---half scores half of the test set's tasks, by a hash of their names, and leaves
-all else as it is: a model is tuned on one half and scored on the other.
+--half selects the tasks to score by a hash of their names and changes nothing
+else: tune a model on one half, then report the score on the other.
 """
+
 import hashlib
 import json
 import re
@@ -31,14 +33,24 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Parser, UserError, cli, progress, read_json, sha256, within, write, write_json
-from data import DIHEDRAL_INVERSE, building, dihedral, write_split
+import prepare
+from prepare import DIHEDRAL_INVERSE, building, dihedral, write_split
+from tools.common import (
+    Parser,
+    bounded,
+    cli,
+    progress,
+    read_json,
+    require,
+    user_error,
+    write_file,
+    write_json,
+)
 
-SIDE = 30                       # of the canvas; a token is 0 (empty), 1 (end line) or colour + 2
+SIDE = 30  # of the canvas; a token is 0 (empty), 1 (end line) or colour + 2
 CELLS = SIDE * SIDE
-KEYS, PARTS = ("train", "test"), ("input", "output")        # of a puzzle, of an example
-HALVES, HALF_SEED = ("tune", "report"), 0       # of a test set; see half_of
-AGAIN = "fetch it again"
+KEYS, PARTS = ("train", "test"), ("input", "output")  # of a puzzle, of an example
+HALVES = ("tune", "report")
 COMMIT = "e7b68717f0a6c4cbb4ce6fbef787b14f42083bd9"
 URL = f"https://raw.githubusercontent.com/SamsungSAILMontreal/TinyRecursiveModels/{COMMIT}/kaggle/combined"
 SHA256 = {
@@ -58,371 +70,375 @@ SHA256 = {
 # ---------------------------------------------------------------------------------------------
 # One grid: tokens and back, augmentation and back (evaluation uses these)
 
+
 def encode(grid):
-    """Grid (rows, columns) of colours 0..9 -> (900,) uint8 tokens, in the upper left corner of the canvas,
-    with a line of 1 below it and right of it where the canvas has room."""
+    """Convert a grid (rows, columns) of colours 0..9 to (900,) uint8 tokens.
+
+    The grid is in the top-left corner of the canvas. A line of 1 ends it below and on the right, where the
+    canvas has room."""
     h, w = grid.shape
     canvas = np.zeros((SIDE, SIDE), np.uint8)
-    canvas[h:h + 1, :w] = 1
-    canvas[:h, w:w + 1] = 1
+    canvas[h : h + 1, :w] = 1
+    canvas[:h, w : w + 1] = 1
     canvas[:h, :w] = grid + 2
     return canvas.reshape(-1)
 
 
 def crop(tokens):
-    """(N, 900) tokens -> rows (N,), columns (N,) of the largest rectangle of colours from the upper left
-    corner; of equal areas the one with the fewest rows; 0, 0 when that corner is no colour."""
-    foreign = np.ones((len(tokens), SIDE, SIDE + 1), bool)              # the last column ends every run
-    colours = tokens.astype(np.uint8).reshape(-1, SIDE, SIDE) - np.uint8(2)     # 0 and 1 become 254 and 255
-    foreign[:, :, :SIDE] = colours > 9
-    width = np.minimum.accumulate(foreign.argmax(2), axis=1)            # (N, 30): columns if cut below a row
-    best = (width * np.arange(1, SIDE + 1)).argmax(1)
-    columns = width[np.arange(len(width)), best]
-    return np.where(columns > 0, best + 1, 0), columns
+    """(N, 900) tokens -> rows (N,), columns (N,) of the largest rectangle of colours in the top-left corner.
+
+    Of equal areas, the one with the fewest rows; 0 and 0 if the corner cell is not a colour."""
+    colours = tokens.astype(np.uint8).reshape(-1, SIDE, SIDE) - np.uint8(2)  # 0 and 1 become 254 and 255
+    no_colour = np.ones((len(tokens), SIDE, SIDE + 1), bool)  # the last column ends every run of colours
+    no_colour[:, :, :SIDE] = colours > 9
+    width = no_colour.argmax(2)
+    width = np.minimum.accumulate(width, axis=1)  # (N, 30): columns of a rectangle that ends at each row
+    area = width * np.arange(1, SIDE + 1)
+    last_row = area.argmax(1)
+    columns = width[np.arange(len(width)), last_row]
+    return np.where(columns > 0, last_row + 1, 0), columns
 
 
-def decode(tokens):
-    """(900,) predicted tokens -> uint8 grid of colours (rows, columns), cut out as in crop."""
-    (h,), (w,) = crop(tokens[None])
-    return tokens.reshape(SIDE, SIDE)[:h, :w].astype(np.uint8) - np.uint8(2)
-
-
-# An augmentation is a dihedral transform t and the images of the colours 0..9 as ten bytes.
+# An augmentation is a dihedral transform t and ten bytes, the new colours of the colours 0..9.
 ORIGINAL, TOKENS = bytes(range(10)), bytes(range(2, 12))
 TO_TOKEN = bytes.maketrans(ORIGINAL, TOKENS)
 NAME = re.compile(r"(.*)\|\|\|t([0-7])\|\|\|([0-9]{10})")
 
 
 def augment(grid, t, colours):
-    """Colour c becomes colours[c], then dihedral transform t."""
+    """Replace colour c by colours[c], then apply dihedral transform t."""
     return dihedral(np.frombuffer(colours, np.uint8)[grid], t)
 
 
-def undo(grid, t, colours):
-    """The grid that augment(..., t, colours) made `grid` from."""
-    return np.frombuffer(bytes.maketrans(colours, ORIGINAL), np.uint8)[dihedral(grid, DIHEDRAL_INVERSE[t])]
+def invert_augmentation(grid, t, colours):
+    """The grid that augment(..., t, colours) turns into `grid`."""
+    inverse_colours = bytes.maketrans(colours, ORIGINAL)
+    return np.frombuffer(inverse_colours, np.uint8)[dihedral(grid, DIHEDRAL_INVERSE[t])]
 
 
 def make_name(puzzle_id, t, colours):
+    """Identifier of an augmented puzzle: id|||tT|||dddddddddd, ten digits for the colours."""
     return f"{puzzle_id}|||t{t}|||{''.join(map(str, colours))}"
 
 
 def parse_name(name):
-    """`id|||tT|||dddddddddd` -> id, T, images of the colours; a bare id is the original."""
+    """The puzzle id, transform and colours in an identifier; a bare id is the original puzzle."""
     match = NAME.fullmatch(name)
-    return (match[1], int(match[2]), bytes(map(int, match[3]))) if match else (name, 0, ORIGINAL)
+    if not match:
+        return name, 0, ORIGINAL
+    return match[1], int(match[2]), bytes(map(int, match[3]))
 
 
 # ---------------------------------------------------------------------------------------------
 # Reading
 
+
 def download(subsets, folder):
-    """Fetch the published files of `subsets` that `folder` lacks. Raises UserError when one is another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [name for name in SHA256 if name.split("_")[1] in subsets]
-    for name in names:
-        path, there = folder / name, (folder / name).exists()
-        try:
-            raw = path.read_bytes() if there else urllib.request.urlopen(f"{URL}/{name}", timeout=60).read()
-        except (OSError, HTTPException) as e:
-            raise UserError(f"cannot fetch {URL}/{name} ({e}); put {' '.join(names)} of that folder into "
-                            f"{folder} and start again")
-        digest = hashlib.sha256(raw).hexdigest()
-        if digest != SHA256[name]:
-            raise UserError(f"{path}: sha256 {digest} is not {SHA256[name]}; put {URL}/{name} there, or name "
-                            f"a folder of your own files with --source")
-        if not there:
-            write(path, raw)
-            print(f"fetched {path}")
+    """Download the published files of `subsets` that `folder` lacks, and verify all of them."""
+    for name, sha256 in SHA256.items():
+        if name.split("_")[1] in subsets:
+            path = folder / name
+            url = f"{URL}/{name}"
+            is_new = not path.exists()
+            hint = f"cannot download {url}; put it into {folder} and retry"
+            with user_error(hint, OSError, HTTPException):
+                content = urllib.request.urlopen(url, timeout=60).read() if is_new else path.read_bytes()
+            is_published = hashlib.sha256(content).hexdigest() == sha256
+            require(
+                is_published, f"{path} differs from {url}; replace it, or pass your own files with --source"
+            )
+            if is_new:
+                write_file(path, content)
+                print(f"downloaded {path}")
 
 
 def check_grid(grid, where):
-    """Raise UserError, naming `where`, unless grid is a list of 1..30 equally long lists of 1..30 colours."""
-    rows = grid if isinstance(grid, list) and all(isinstance(row, list) for row in grid) else []
-    widths = {len(row) for row in rows}
-    shaped = len(widths) == 1 and 1 <= min(widths) <= SIDE and len(rows) <= SIDE
-    if not shaped or not all(type(c) is int and 0 <= c <= 9 for c in chain.from_iterable(rows)):
-        raise UserError(f"{where} is {json.dumps(grid)[:60]}, not a grid; give 1..{SIDE} equally long rows "
-                        f"of 1..{SIDE} colours, which are integers 0..9, or remove the puzzle")
+    """Raise UserError unless `grid` is a list of 1..30 equally long lists of 1..30 colours."""
+    try:
+        colours = np.array(grid)
+    except ValueError:  # rows of different lengths
+        colours = np.array(None)
+    good = colours.ndim == 2 and colours.dtype.kind == "i" and max(colours.shape) <= SIDE
+    good = good and 0 <= colours.min() <= colours.max() <= 9
+    need = f"1..{SIDE} equally long rows of 1..{SIDE} colours 0..9"
+    require(good, f"{where} must be {need}, not {json.dumps(grid)[:60]}")
 
 
-def check_examples(puzzle, where):
-    """Raise UserError, naming `where`, unless there are lists of {...} under "train" and "test"."""
-    for key in KEYS:
-        examples = puzzle.get(key) if isinstance(puzzle, dict) else None
-        if not isinstance(examples, list) or not examples or not all(isinstance(e, dict) for e in examples):
-            raise UserError(f"{where} has {json.dumps(examples)[:60]} as {key} examples; give a list of at "
-                            f"least one {{input, output}}")
-
-
-def subset_files(source, subset):
-    """The files of a subset: Kaggle's one or two, or one of each task. Raises UserError."""
-    kaggle = [source / f"arc-agi_{subset}_{kind}.json" for kind in ("challenges", "solutions")]
-    if kaggle[0].exists():
-        return [path for path in kaggle if path.exists()]
-    tasks = sorted(source.glob(f"{subset}/*.json")) or sorted(source.glob(f"data/{subset}/*.json"))
-    if not tasks:
-        there = {path.name.split("_")[1] for path in source.glob("arc-agi_*_challenges.json")}
-        there |= {path.parent.name for path in source.glob("**/*.json") if path.parent != source}
-        raise UserError(f"{source} has neither {kaggle[0].name} nor {subset}/*.json; choose --subsets from "
-                        f"{' '.join(sorted(there)) or 'nothing'} there, or name another --source")
-    return tasks
+def read_files(source, subset):
+    """Puzzles {id: puzzle} and test outputs {id: outputs}, from Kaggle's files or from one file per task."""
+    challenges = source / f"arc-agi_{subset}_challenges.json"
+    solutions = source / f"arc-agi_{subset}_solutions.json"
+    if challenges.exists():
+        return read_json(challenges), read_json(solutions) if solutions.exists() else {}
+    puzzles = {}
+    for folder in (source / subset, source / "data" / subset):
+        for path in sorted(folder.glob("**/*.json")):
+            puzzles[path.relative_to(folder).with_suffix("").as_posix()] = read_json(path)
+    require(puzzles, f"{source} contains neither {challenges.name} nor {subset}/*.json; change --subsets")
+    return puzzles, {}
 
 
 def is_hidden(puzzles):
-    """Whether no file says an output of a test example."""
-    return not any("output" in example for puzzle in puzzles.values() for example in puzzle["test"])
+    """Whether the outputs of all test examples are unknown."""
+    examples = chain.from_iterable(puzzle["test"] for puzzle in puzzles.values())
+    return not any("output" in example for example in examples)
 
 
-def read_subset(files, subset, test_set):
-    """{id: puzzle} of the files of a subset. Only the one named test_set may be hidden. Raises UserError."""
-    kaggle = files[0].name.endswith("_challenges.json")
-    puzzles = read_json(files[0], AGAIN, dict) if kaggle else {f.stem: read_json(f, AGAIN) for f in files}
-    answers = read_json(files[1], AGAIN, dict) if kaggle and len(files) > 1 else {}
+def read_subset(source, subset, test_set):
+    """{id: puzzle} of a subset, with valid grids. Only the one named test_set may be hidden."""
+    puzzles, answers = read_files(source, subset)
     for name, puzzle in puzzles.items():
-        check_examples(puzzle, f"puzzle {name} of {subset}")
+        for key in KEYS:
+            examples = puzzle.get(key) if isinstance(puzzle, dict) else None
+            good = isinstance(examples, list) and len(examples) > 0
+            good = good and all(isinstance(example, dict) for example in examples)
+            require(good, f"puzzle {name} of {subset}: {key} must be a list of {{input, output}}")
         for example, output in zip(puzzle["test"], answers.get(name, [])):
             example["output"] = output
     hidden = is_hidden(puzzles)
-    if hidden and subset != test_set or not puzzles:
-        raise UserError(f"{files[0].parent} has no outputs of the test examples of {subset}; add "
-                        f"arc-agi_{subset}_solutions.json, leave {subset} out, or make it --test-set-name")
-    for name, puzzle in puzzles.items():
-        for key, part in product(KEYS, PARTS):
-            known = [] if hidden and (key, part) == ("test", "output") else puzzle[key]
-            for i, example in enumerate(known):
+    hint = f"add arc-agi_{subset}_solutions.json or make it --test-set-name"
+    require(not hidden or subset == test_set, f"{subset} has no outputs for its test examples; {hint}")
+    for (name, puzzle), key, part in product(puzzles.items(), KEYS, PARTS):
+        if not (hidden and key == "test" and part == "output"):
+            for i, example in enumerate(puzzle[key]):
                 check_grid(example.get(part), f"puzzle {name} of {subset}: {part} of {key} example {i}")
     return puzzles
 
 
 # ---------------------------------------------------------------------------------------------
-# Choosing
+# Selecting
+
 
 def side_of(puzzle):
-    """Side of the smallest square that holds each grid of a puzzle, but for unknown outputs."""
-    examples = chain.from_iterable(puzzle[key] for key in KEYS)
-    grids = [example[part] for example in examples for part in PARTS if part in example]
-    return max(max(len(grid), len(grid[0])) for grid in grids)
+    """Side of the smallest square that contains every known grid of a puzzle."""
+    sides = []
+    for example, part in product(puzzle["train"] + puzzle["test"], PARTS):
+        if part in example:
+            sides += np.shape(example[part])
+    return max(sides)
 
 
 def half_of(name):
-    """"tune" or "report": the half of a puzzle. It follows from the name alone, so that a puzzle stays on its
-    side whatever other puzzles, flags and seeds a dataset is built of."""
-    return HALVES[hashlib.sha256(f"{HALF_SEED}:{name}".encode()).digest()[0] & 1]
-
-
-def small_enough(subsets, side, test_set, half):
-    """Of {name: {id: puzzle}} the puzzles that fit side x side. Raises UserError when none of `half` (None:
-    of both) is left to be scored."""
-    small = {subset: {name: puzzle for name, puzzle in puzzles.items() if side_of(puzzle) <= side}
-             for subset, puzzles in subsets.items()}
-    left = small[test_set]
-    if not left:
-        least = min(map(side_of, subsets[test_set].values()))
-        raise UserError(f"--max-side {side}: no puzzle of {test_set} is that small; give {least} or more")
-    if half and half not in map(half_of, left):
-        other = HALVES[half == HALVES[0]]
-        raise UserError(f"--half {half}: none of the {len(left)} puzzles of {test_set} is in it; give "
-                        f"{other}, or leave --half out")
-    return small
+    """ "tune" or "report". It depends on the name alone, so a puzzle stays in its half in every dataset."""
+    return HALVES[hashlib.sha256(f"0:{name}".encode()).digest()[0] & 1]
 
 
 # ---------------------------------------------------------------------------------------------
 # Augmenting
 
+
 class Group(NamedTuple):
-    """A puzzle in all its augmentations, with the examples that one split has of it."""
-    names: list         # in the puzzle table; the first is the puzzle's id
-    augs: list          # [(t, images of the colours)], the original first
-    examples: list      # [(input, output)], arrays (rows, columns) of colours; an unknown output has no cells
+    """A puzzle with all its augmentations, and its examples in one split."""
+
+    names: list  # identifiers; the first is the puzzle's id
+    augs: list  # (t, colours) of each, the original first
+    examples: list  # (input, output) arrays (rows, columns) of colours; an unknown output is empty
+
+
+def grid_bytes(grid):
+    """The shape and the cells. Shapes start at 11, which translate() with a table of colours leaves alone."""
+    return bytes([grid.shape[0] + 10, grid.shape[1] + 10]) + grid.tobytes()
 
 
 def augmentations(examples, num_aug, rng):
-    """Draw up to num_aug augmentations that differ from the original and from one another as multisets.
+    """Draw up to num_aug augmentations whose examples, in any order, differ from all others.
 
-    examples: list of (input, output) arrays; rng: numpy RandomState. Returns [(t, images of the colours 0..9
-    as bytes)], the original first.
-    """
-    def blob(grid):     # its shape, past the ten colours, so that translate() leaves it alone, and its cells
-        return bytes([grid.shape[0] + 10, grid.shape[1] + 10]) + grid.tobytes()
-
-    turned = [[blob(dihedral(a, t)) + blob(dihedral(b, t)) for a, b in examples] for t in range(8)]
-    kept, seen = [(0, ORIGINAL)], {tuple(sorted(turned[0]))}
+    examples: list of (input, output) arrays; rng: numpy RandomState. Returns a list of (t, colours), the
+    original first."""
+    transformed = []  # [t][example]: bytes of input and output
+    for t in range(8):
+        pairs = []
+        for a, b in examples:
+            pairs.append(grid_bytes(dihedral(a, t)) + grid_bytes(dihedral(b, t)))
+        transformed.append(pairs)
+    kept = [(0, ORIGINAL)]
+    seen = {tuple(sorted(transformed[0]))}
     for _ in range(5 * num_aug):
         if len(kept) > num_aug:
             break
-        t, colours = rng.randint(8), list(range(1, 10))
+        t = rng.randint(8)
+        colours = list(range(1, 10))
         rng.shuffle(colours)
         colours = bytes([0, *colours])
         table = bytes.maketrans(ORIGINAL, colours)
-        puzzle = tuple(sorted(pair.translate(table) for pair in turned[t]))
+        puzzle = tuple(sorted(pair.translate(table) for pair in transformed[t]))
         if puzzle not in seen:
             seen.add(puzzle)
             kept.append((t, colours))
     return kept
 
 
-def places(grid):
-    """(31, 31, 30, 30) tokens, a view: [30 - down, 30 - right] is the canvas with the grid in row `down`,
-    column `right`. What stands over the edge is cut off, as end lines do where there is no room."""
+def padded_views(grid):
+    """(31, 31, 30, 30) view: [30 - down, 30 - right] is the canvas with the grid at row `down`, column
+    `right`. End lines beyond the edge are cut off."""
     plane = np.zeros((2 * SIDE, 2 * SIDE), np.uint8)
     plane[SIDE:, SIDE:] = encode(grid).reshape(SIDE, SIDE)
     return sliding_window_view(plane, (SIDE, SIDE))
 
 
-def sheet(pair, t):
-    """Rows and columns that both grids of a pair fill when turned by t, and the places of either."""
+def translated_pair(pair, t):
+    """Rows and columns that both grids of a transformed pair fill, and their padded views."""
     a, b = (dihedral(grid, t) for grid in pair)
-    rows, columns = map(max, a.shape, b.shape)
-    return rows, columns, places(a), places(b)
+    rows, columns = np.maximum(a.shape, b.shape)
+    return rows, columns, padded_views(a), padded_views(b)
 
 
-def render(examples, augs, pads, rng):
-    """Input rows and label rows of one group, two lists of bytes, one for each puzzle (augmentation).
+def render(examples, augs, translate, rng):
+    """Input rows and label rows of one group: two lists with the bytes of each puzzle (augmentation).
 
-    With pads all examples of a puzzle but one are moved at random, input and output alike. rng: numpy
-    RandomState.
-    """
-    sheets = [[sheet(pair, t) for pair in examples] for t in range(8)]
-    inputs, labels = [], []
+    translate: move all examples of a puzzle but one to a random place, input and output together."""
+    pairs = []  # [t][example]
+    for t in range(8):
+        pairs.append([translated_pair(pair, t) for pair in examples])
+    inputs = []
+    labels = []
     for t, colours in augs:
         fixed = rng.randint(len(examples))
-        rows_in, rows_out = [], []
-        for i, (rows, columns, places_in, places_out) in enumerate(sheets[t]):
+        input_rows = []
+        label_rows = []
+        for i, (rows, columns, input_views, label_views) in enumerate(pairs[t]):
             down = right = 0
-            if pads and i != fixed:
-                down, right = rng.randint(SIDE + 1 - rows), rng.randint(SIDE + 1 - columns)
-            place = SIDE - down, SIDE - right
-            rows_in.append(places_in[place].tobytes())
-            rows_out.append(places_out[place].tobytes())
+            if translate and i != fixed:
+                down = rng.randint(SIDE + 1 - rows)
+                right = rng.randint(SIDE + 1 - columns)
+            input_rows.append(input_views[SIDE - down, SIDE - right].tobytes())
+            label_rows.append(label_views[SIDE - down, SIDE - right].tobytes())
         table = bytes.maketrans(TOKENS, colours.translate(TO_TOKEN))
-        inputs.append(b"".join(rows_in).translate(table))
-        labels.append(b"".join(rows_out).translate(table))
+        inputs.append(b"".join(input_rows).translate(table))
+        labels.append(b"".join(label_rows).translate(table))
     return inputs, labels
 
 
 # ---------------------------------------------------------------------------------------------
 # The dataset
 
-def augmented(args, subsets, rng):
-    """The Groups of train and those of test. subsets: {name: {id: puzzle}}, in the order of the draws."""
-    train, test = [], []
+
+def example_arrays(examples):
+    """(input, output) uint8 arrays of each example; an unknown output is empty."""
+    pairs = []
+    for example in examples:
+        output = example.get("output", np.zeros((0, 0)))
+        pairs.append((np.array(example["input"], np.uint8), np.array(output, np.uint8)))
+    return pairs
+
+
+def augment_subsets(subsets, test_set, num_aug, rng):
+    """The Groups of the training split and of the test split.
+
+    subsets: {name: {id: puzzle}}, in the order of the random draws."""
+    train = []
+    test = []
     for subset, puzzles in subsets.items():
         puzzles = list(puzzles.items())
         rng.shuffle(puzzles)
         for name, puzzle in progress(puzzles, desc=f"augment {subset}", unit="puzzle"):
-            pairs = {key: [arrays(example) for example in puzzle[key]] for key in puzzle if key in KEYS}
-            augs = augmentations(pairs["train"] + pairs["test"], args.num_aug, rng)
-            names = [name] + [make_name(name, *aug) for aug in augs[1:]]
-            if subset == args.test_set_name:
+            pairs = {key: example_arrays(puzzle[key]) for key in puzzle if key in KEYS}
+            augs = augmentations(pairs["train"] + pairs["test"], num_aug, rng)
+            names = [name]
+            for t, colours in augs[1:]:
+                names.append(make_name(name, t, colours))
+            if subset == test_set:
                 train.append(Group(names, augs, pairs["train"]))
                 test.append(Group(names, augs, pairs["test"]))
-            else:       # all are trained on, in the puzzle's own key order
+            else:  # train on all examples, in the order of the puzzle's keys
                 train.append(Group(names, augs, list(chain.from_iterable(pairs.values()))))
     return train, test
 
 
-def arrays(example):
-    """Its input and output; an unknown output has no cells."""
-    unknown = np.zeros((0, 0), np.uint8)
-    return tuple(np.array(example[part], np.uint8) if part in example else unknown for part in PARTS)
-
-
 def warn_of_leaks(train, test):
-    """Say how many test pairs, unaugmented, are also trained on. Both: lists of Groups."""
-    def pairs(groups):
-        return [str([grid.tolist() for grid in pair]) for group in groups for pair in group.examples]
-
-    trained, tested = set(pairs(train)), pairs(test)
+    """Print how many original test pairs are also trained on. train, test: lists of Groups."""
+    trained = set()
+    tested = []
+    for groups, add in ((train, trained.add), (test, tested.append)):
+        for group in groups:
+            for a, b in group.examples:
+                add(grid_bytes(a) + grid_bytes(b))
     leaked = sum(pair in trained for pair in tested)
     if leaked:
-        print(f"warning: {leaked} of {len(tested)} test pairs also stand in the training split: their score "
-              f"is memory", file=sys.stderr)
+        message = f"warning: {leaked} of {len(tested)} test pairs are also in the training split"
+        print(f"{message}; a model may have memorized their outputs", file=sys.stderr)
 
 
-def write_arc_split(folder, groups, ids, pads, rng):
+def write_arc_split(folder, groups, ids, translate, rng):
     """ids: {name: row of the puzzle table}."""
     folder.mkdir()
-    puzzles = [len(group.augs) for group in groups]
-    examples = np.repeat([len(group.examples) for group in groups], puzzles)        # of every puzzle
-    n = int(examples.sum())
-    files = [open(folder / f"all__{part}.npy", "wb", 1 << 20) for part in ("inputs", "labels")]
-    with files[0], files[1]:
-        for f in files:         # plain writes: mapped pages would count as memory of this process
-            header = {"descr": "|u1", "fortran_order": False, "shape": (n, CELLS)}
-            np.lib.format.write_array_header_1_0(f, header)
+    names = []  # of every puzzle
+    sizes = []
+    for group in groups:
+        names += group.names
+        sizes += [len(group.examples)] * len(group.names)
+    n = sum(sizes)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, CELLS)}
+    # written group by group, because the whole split does not fit into memory
+    with open(folder / "all__inputs.npy", "wb") as f, open(folder / "all__labels.npy", "wb") as g:
+        np.lib.format.write_array_header_1_0(f, header)
+        np.lib.format.write_array_header_1_0(g, header)
         for group in progress(groups, desc=f"write {folder.name}", unit="puzzle"):
-            for f, rows in zip(files, render(group.examples, group.augs, pads, rng)):
-                f.writelines(rows)
-    write_split(folder, {
-        "inputs": None, "labels": None,
-        "puzzle_identifiers": np.array([ids[name] for group in groups for name in group.names], np.int32),
-        "puzzle_indices": np.concatenate([[0], examples.cumsum()]).astype(np.int32),
-        "group_indices": np.concatenate([[0], np.cumsum(puzzles)]).astype(np.int32),
-    }, vocab_size=12, num_identifiers=len(ids) + 1)
-    print(f"{folder.name}: {len(groups):,} groups, {len(examples):,} puzzles, {n:,} examples")
+            inputs, labels = render(group.examples, group.augs, translate, rng)
+            f.writelines(inputs)
+            g.writelines(labels)
+    group_sizes = [len(group.names) for group in groups]
+    arrays = {
+        "inputs": None,
+        "labels": None,
+        "puzzle_identifiers": np.array([ids[name] for name in names], np.int32),
+        "puzzle_indices": np.cumsum([0, *sizes], dtype=np.int32),
+        "group_indices": np.cumsum([0, *group_sizes], dtype=np.int32),
+    }
+    write_split(folder, arrays, vocab_size=12, table_rows=len(ids) + 1)
+    print(f"{folder.name}: {len(groups):,} groups, {len(names):,} puzzles, {n:,} examples")
 
 
 def flags():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--source", default="download", help="folder of your own files, or download")
-    add("--subsets", nargs="+", default=["training", "evaluation", "concept"], metavar="SUBSET",
-        help="in this order")
-    add("--test-set-name", default="evaluation", metavar="SUBSET", help="the one that is scored")
-    add("--max-side", type=within(int, 1, SIDE), default=SIDE, metavar="N",
-        help="only puzzles whose grids all fit N x N")
+    subsets = ["training", "evaluation", "concept"]
+    add("--source", default="download", metavar="DIR", help="folder of task files, or download")
+    add("--subsets", nargs="+", default=subsets, metavar="SUBSET", help="subsets to read, in this order")
+    add("--test-set-name", default="evaluation", metavar="SUBSET", help="the subset to score")
+    side = bounded(int, 1, SIDE)
+    count = bounded(int, 0)
+    add("--max-side", type=side, default=SIDE, metavar="N", help="keep puzzles whose grids all fit N x N")
     add("--half", choices=HALVES, help="score only this half of the test set")
-    add("--num-aug", type=within(int, 0), default=1000, metavar="N", help="augmentations per puzzle, at most")
-    add("--seed", type=within(int, 0, 2 ** 32 - 1), default=42, metavar="N",
-        help="of every draw; 42 gives the published datasets")
-    add("--output-dir", metavar="DIR",
-        help="without, data/arc1concept-aug-N, or arc2... if evaluation2 is the test set; "
-             "-side-N and -HALF are added")
+    add("--num-aug", type=count, default=1000, metavar="N", help="largest number of augmentations per puzzle")
+    add("--seed", type=bounded(int, 0, 2**32 - 1), default=42, metavar="N", help="seed of all random draws")
+    prepare.add_output_flags(add)
     return parser
-
-
-def default_folder(args):
-    """A name of its own for every choice of tasks, so that none replaces the published dataset."""
-    arc = "arc2" if args.test_set_name == "evaluation2" else "arc1"
-    side = f"-side-{args.max_side}" if args.max_side < SIDE else ""
-    return f"data/{arc}concept-aug-{args.num_aug}{side}" + (f"-{args.half}" if args.half else "")
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    scored = args.test_set_name
-    if scored not in args.subsets or len(set(args.subsets)) < len(args.subsets):
-        raise UserError(f"--subsets {' '.join(args.subsets)}: must name each subset once, --test-set-name "
-                        f"{scored} among them")
-    source = Path("data/arc-source" if args.source == "download" else args.source)
-    if args.source == "download":
-        download(args.subsets, source)
-    files = {subset: subset_files(source, subset) for subset in args.subsets}
-    subsets = {subset: read_subset(paths, subset, scored) for subset, paths in files.items()}
-    subsets = small_enough(subsets, args.max_side, scored, args.half)
-    rng = np.random.RandomState(args.seed)
-    train, test = augmented(args, subsets, rng)     # of both halves: the puzzle table is the same for either
-    ids = {}
-    for name in chain.from_iterable(group.names for group in train + test):
-        ids.setdefault(name, len(ids) + 1)
-    test = [group for group in test if args.half in (None, half_of(group.names[0]))]
-    warn_of_leaks(train, test)
-    puzzles, hidden = subsets[scored], is_hidden(subsets[scored])
-    digests = {str(path.relative_to(source)): sha256(path) for path in chain(*files.values())}
-    recipe = {"builder": "arc", **vars(args), "hidden_test_set": hidden, "source_sha256": digests}
-    del recipe["output_dir"]        # where it lies is not what it is
-    if args.source != "download":
-        recipe["source"] = str(source.resolve())    # to build it again from any directory
-    with building(args.output_dir or default_folder(args)) as tmp:
-        write_arc_split(tmp / "train", train, ids, True, rng)
-        write_arc_split(tmp / "test", test, ids, False, rng)
-        write_json(tmp / "identifiers.json", ["<blank>", *ids])
-        write_json(tmp / "test_puzzles.json", {group.names[0]: puzzles[group.names[0]] for group in test})
-        write_json(tmp / "recipe.json", recipe)
-    print(f"{len(ids) + 1:,} rows in the puzzle table (num_puzzle_identifiers)")
-    if hidden:
-        print(f"{scored} is a hidden test set, without outputs: it is answered, but not scored")
+    test_set = args.test_set_name
+    names = args.subsets
+    consistent = test_set in names and len(set(names)) == len(names)
+    require(consistent, f"--subsets must name every subset once, with --test-set-name {test_set} among them")
+    recipe = prepare.recipe_of("arc", argv)
+    with building(prepare.output_dir(args, recipe), recipe, args.overwrite) as folder:
+        source = Path(args.source)
+        if args.source == "download":
+            source = Path("data/arc-source")
+            download(names, source)
+        subsets = {}
+        for name in names:
+            puzzles = read_subset(source, name, test_set).items()
+            subsets[name] = {key: puzzle for key, puzzle in puzzles if side_of(puzzle) <= args.max_side}
+        rng = np.random.RandomState(args.seed)
+        train, test = augment_subsets(subsets, test_set, args.num_aug, rng)
+        ids = {}  # the same for both halves
+        for group in train + test:
+            for name in group.names:
+                ids.setdefault(name, len(ids) + 1)
+        test = [group for group in test if args.half in (None, half_of(group.names[0]))]
+        require(test, f"--max-side and --half leave no puzzle of {test_set}; change them")
+        warn_of_leaks(train, test)
+        write_arc_split(folder / "train", train, ids, True, rng)
+        write_arc_split(folder / "test", test, ids, False, rng)
+        write_json(folder / "identifiers.json", ["<blank>", *ids])
+        test_puzzles = {group.names[0]: subsets[test_set][group.names[0]] for group in test}
+        write_json(folder / "test_puzzles.json", test_puzzles)
+        print(f"{len(ids) + 1:,} rows in the puzzle table (num_puzzle_identifiers)")
+        if is_hidden(test_puzzles):
+            print(f"{test_set} is a hidden test set: eval.py writes a submission, but no score")
 
 
 if __name__ == "__main__":

@@ -1,228 +1,206 @@
-"""What sudoku.py and maze.py share: flags, generating boards, reading CSV files, overlap of the splits."""
+"""Shared by sudoku.py and maze.py: flags, generating boards, reading files, leaks between the splits."""
+
 import csv
 import sys
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable
 from math import isqrt
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common import Parser, UserError, one_line, progress, sha256, within
-from prepare import command, recipe_flags
+import prepare
+from tools.common import Parser, UserError, bounded, progress, require, user_error
 
-FEW = 50_000        # boards whose symmetric forms are compared, too, which takes some 30 us each
-
-
-class Game(NamedTuple):
-    """What tells Sudokus from mazes in here."""
-    builder: str            # prepare/BUILDER.py
-    repo: str               # of the published boards on the hub
-    published: str          # their name in that of the default folder
-    alphabet: dict          # {character: token} in CSV files
-    sizes: Iterable         # rows = columns that a board may have
-    right: Callable         # (questions (N, S), answers (N, S), size) -> (N,) bool
-    kinship: Callable       # the same -> N integers, equal for the symmetric forms of a board
+MAX_HASHED = 50_000  # boards whose symmetric forms are compared, which takes 30 us per board
 
 
-# ---------------------------------------------------------------------------------------------
-# Flags
+class BoardTask(NamedTuple):
+    """What differs between Sudokus and mazes. A board is S = size * size tokens."""
 
-def flags(description, game):
-    """A parser with the flags that both builders have."""
+    repo: str  # the published boards on the Hugging Face hub
+    published_size: int
+    sizes: tuple
+    alphabet: dict  # {character: token} in text files
+    is_valid: Callable  # (questions (..., S), answers (..., S), size) -> (...) bool
+    symmetry_hash: Callable  # the same arguments -> (...) ints that are equal for symmetric boards
+
+
+def common_flags(description, task):
+    """A parser with the flags of both builders."""
     parser = Parser(description)
     add = parser.add_argument
-    add("--source", default="hf",
-        help=f"hf ({game.repo}), generate, a folder of train.csv and test.csv, or FILE.csv")
-    add("--num-train", type=within(int, 1, 10 ** 7), default=1000, metavar="N", help="generate N")
-    add("--num-test", type=within(int, 1, 10 ** 7), default=1000, metavar="N",
-        help="generate N, or hold out N of FILE.csv")
-    add("--subsample-size", type=within(int, 1), metavar="N", help="N random training boards; without, all")
-    add("--min-difficulty", type=int, metavar="R", help="only rows of rating R or more; without, all")
-    add("--seed", type=within(int, 0, 2 ** 32 - 1), default=0, metavar="N", help="of every draw")
-    add("--output-dir", metavar="DIR", help=f"without, data/{game.builder}-{game.published} or the like")
+    count = bounded(int, 1, 10**7)
+    sources = f"hf ({task.repo}), generate, a folder with train.csv and test.csv, or one file"
+    add("--source", default="hf", help=sources)
+    add("--num-train", type=count, default=1000, metavar="N", help="training boards to generate")
+    add(
+        "--num-test",
+        type=count,
+        default=1000,
+        metavar="N",
+        help="test boards to generate, or to split off a file",
+    )
+    add("--subsample-size", type=count, metavar="N", help="train on N random boards instead of all")
+    add("--min-difficulty", type=int, metavar="R", help="keep only boards with a rating of R or more")
+    add("--seed", type=bounded(int, 0, 2**32 - 1), default=0, metavar="N", help="seed of all random draws")
+    prepare.add_output_flags(add)
     return parser
 
 
-def source_name(args, game):
-    """The source in the name of the default folder."""
-    short = {"hf": game.published, "generate": f"{args.size}x{args.size}"}
-    return short.get(args.source) or Path(args.source).absolute().stem
-
-
-# ---------------------------------------------------------------------------------------------
-# Generating
-
 def generate(make, num_train, num_test):
-    """Call make() -> question, answer, kinship for different boards: [training, test], each (2, N, S).
+    """Generate different boards: [training, test], each (2, N, S).
 
-    Kinship alone decides which of the two a board belongs to, so that no symmetry maps a test board onto a
-    training board. Raises UserError when too few different boards turn up.
-    """
-    total, wanted, found = num_train + num_test, (num_train, num_test), ({}, {})
+    make() returns a question, an answer and their symmetry hash. The hash alone selects the split, so no test
+    board is symmetric to a training board. Raises UserError if make() repeats itself too often."""
+    total = num_train + num_test
+    wanted = (num_train, num_test)
+    found = ({}, {})
     with progress(total=total, desc="generating", unit=" boards") as bar:
         for _ in range(20 * total + 1000):
-            question, answer, kin = make()
-            split = int(kin % total >= num_train)
-            boards, key = found[split], question.tobytes()
+            question, answer, symmetry_hash = make()
+            split = int(symmetry_hash % total >= num_train)
+            boards = found[split]
+            key = question.tobytes()
             if len(boards) < wanted[split] and key not in boards:
                 boards[key] = question, answer
                 bar.update()
-            if sum(map(len, found)) == total:
+            if len(found[0]) + len(found[1]) == total:
                 return [np.array(list(boards.values())).swapaxes(0, 1) for boards in found]
-    raise UserError(f"--num-train {num_train} and --num-test {num_test}: {sum(map(len, found))} different "
-                    f"boards in {20 * total + 1000} tries; ask for fewer or for a larger --size")
+    raise UserError(f"too few different boards for --num-train {num_train} --num-test {num_test}; lower them")
 
 
 # ---------------------------------------------------------------------------------------------
-# CSV files
+# Reading
 
-SAME = {"questions": "question", "puzzle": "question", "puzzles": "question", "quiz": "question",
-        "quizzes": "question", "answers": "answer", "solution": "answer", "solutions": "answer",
-        "ratings": "rating", "difficulty": "rating"}
-
-
-def tokens_of(question, answer, lengths, table):
-    """Tokens (2 * S bytes) of two cells of a CSV. Raises ValueError unless both have S of `lengths`."""
-    # a space at an end of a maze is a free cell, unless it is one too many
-    boards = [cell if len(cell) in lengths else cell.strip() for cell in (question, answer)]
-    S, other = map(len, boards)
-    if S != other or S not in lengths:
-        some = ", ".join(map(str, sorted(lengths)[:3]))
-        raise ValueError(f"boards of {S} and {other} characters; need {some}{' ..' * (len(lengths) > 3)}")
-    text = "".join(boards)
-    tokens = text.encode("latin-1", "replace").translate(table)
-    if 0 in tokens:
-        raise ValueError(f"character {text[tokens.index(0)]!r} stands for nothing")
-    return tokens
+ALIASES = {
+    "puzzle": "question",
+    "puzzles": "question",
+    "questions": "question",
+    "quiz": "question",
+    "quizzes": "question",
+    "answers": "answer",
+    "solution": "answer",
+    "solutions": "answer",
+    "difficulty": "rating",
+}
 
 
-def csv_rows(f, game, lengths, min_difficulty):
-    """Yield line and tokens (2 * S bytes, question and answer) of the rows of an open file that are difficult
-    enough. lengths: numbers of cells that a board may have. Raises UserError."""
-    first = next((line for line in f if line.strip()), "")
-    f.seek(0)
-    skip = " " not in game.alphabet         # as a free cell of a maze is
-    reader = csv.reader(f, delimiter=max(",;\t", key=first.count), skipinitialspace=skip)
-    rows = (row for row in reader if "".join(row).strip())
-    names = [name.strip().lower() for name in next(rows, [])]
-    names = [SAME.get(name, name) for name in names]
-    needed = ["question", "answer"] if min_difficulty is None else ["question", "answer", "rating"]
-    if not set(needed) <= set(names):
-        raise UserError(f"{f.name}: {first.strip()[:60]!r} does not name the columns {', '.join(needed)}; "
-                        f"begin the file with a line that does (puzzle, solution, difficulty will do)")
-    question, answer, *rating = map(names.index, needed)
-    table = bytes(game.alphabet.get(chr(i), 0) for i in range(256))
-    for row in rows:
-        try:
-            if len(row) != len(names):
-                raise ValueError(f"{len(row)} columns; need {len(names)}, as in the first line")
-            tokens = tokens_of(row[question], row[answer], lengths, table)
-            easy = rating and float(row[rating[0]]) < min_difficulty
-        except ValueError as e:
-            raise bad_row(f.name, reader.line_num, e)
-        lengths = {len(tokens) // 2}        # the first row decides for all
-        if not easy:
-            yield reader.line_num, tokens
+def read_boards(path, task, min_difficulty=None):
+    """Questions and answers as tokens (2, N, S) uint8 from a text file.
+
+    A CSV file has a header with the columns question and answer. Without a header, the file is a sequence of
+    boards of the published size, each question followed by its answer. Characters that cannot be cells are
+    ignored. Raises UserError."""
+    table = bytes(task.alphabet.get(chr(i), 0) for i in range(256))
+    not_cells = bytes(i for i in range(256) if not table[i])
+
+    def to_tokens(text):
+        return text.encode("latin-1", "replace").translate(table, not_cells)
+
+    columns = {"question", "answer"} if min_difficulty is None else {"question", "answer", "rating"}
+    tokens = bytearray()
+    S = 0
+    with user_error(path, OSError, ValueError, csv.Error):
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
+            header = next((line for line in f if line.strip() and not line.startswith("#")), "")
+            delimiter = max(",;\t|", key=header.count)
+            fields = [field.strip(' "\r\n').lower() for field in header.split(delimiter)]
+            names = [ALIASES.get(field, field) for field in fields]
+            if columns <= set(names):
+                rows = csv.DictReader(f, names, restval="", delimiter=delimiter)
+                rows = progress(rows, desc=f"reading {path.name}", unit=" rows")
+                for number, row in enumerate(rows, 1):
+                    if min_difficulty is not None and float(row["rating"]) < min_difficulty:
+                        continue
+                    question = to_tokens(row["question"])
+                    answer = to_tokens(row["answer"])
+                    S = S or len(question)
+                    found = f"{len(question)} and {len(answer)} cells"
+                    require(len(question) == len(answer) == S, f"{path} row {number}: {found}, not {S} each")
+                    tokens += question + answer
+            elif min_difficulty is None:
+                f.seek(0)
+                for line in f:
+                    if "#" in task.alphabet or not line.startswith("#"):  # in a Sudoku file, a comment
+                        tokens += to_tokens(line)
+                S = task.published_size**2
+    known_size = S in [size * size for size in task.sizes]
+    require(
+        known_size and len(tokens) > 0 and len(tokens) % (2 * S) == 0,
+        f"{path}: found no boards; the first line must name the columns {', '.join(sorted(columns))}, "
+        f"or questions and answers of {task.published_size**2} cells must alternate",
+    )
+    boards = np.frombuffer(tokens, np.uint8).reshape(-1, 2, S).swapaxes(0, 1)
+    for start in range(0, boards.shape[1], 20_000):  # all at once would take 10 times the memory
+        part = boards[:, start : start + 20_000]
+        valid = task.is_valid(*part, isqrt(S))
+        wrong = start + valid.argmin() + 1
+        require(
+            valid.all(), f"{path}: the answer of board {wrong} contradicts its question or breaks the rules"
+        )
+    return boards
 
 
-def bad_row(path, line, what):
-    return UserError(f"{path} line {line}: {what}; correct or remove the row")
+def read_source(args, task):
+    """Boards (2, N, S) of train.csv and test.csv, or of the one file that --source names."""
+    folder = args.source
+    names = ["train.csv", "test.csv"]
+    if Path(folder).is_file():
+        return [read_boards(Path(folder), task, args.min_difficulty)]
+    if folder == "hf":
+        import huggingface_hub
+
+        url = f"https://huggingface.co/datasets/{task.repo}"
+        hint = (
+            f"cannot download {url}; put its train.csv and test.csv into a folder DIR and pass --source DIR"
+        )
+        with user_error(hint, Exception):  # its client raises errors of several libraries
+            folder = huggingface_hub.snapshot_download(task.repo, repo_type="dataset", allow_patterns=names)
+    return [read_boards(Path(folder, name), task, args.min_difficulty) for name in names]
 
 
-def read_csv(path, game, lengths, min_difficulty):
-    """Questions and answers as tokens (2, N, S) uint8. Raises UserError, with the line."""
-    parts = []
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
-        rows = iter(progress(csv_rows(f, game, lengths, min_difficulty), desc="reading", unit=" rows"))
-        while chunk := list(islice(rows, 20_000)):      # checking all at once would take 10 times the memory
-            lines, tokens = zip(*chunk)
-            boards = np.frombuffer(b"".join(tokens), np.uint8).reshape(len(lines), 2, -1).swapaxes(0, 1)
-            right = game.right(*boards, isqrt(boards.shape[2]))
-            if not right.all():
-                wrong = lines[right.argmin()]
-                raise bad_row(path, wrong, "the answer contradicts the question or breaks the rules")
-            parts.append(boards)
-    if not parts:
-        limit = "" if min_difficulty is None else f" of --min-difficulty {min_difficulty} or more"
-        raise UserError(f"{path} has no boards{limit}; name another file or a lower limit")
-    return np.concatenate(parts, axis=1)
-
-
-def read_source(args, game):
-    """Paths and boards (2, N, S) of train.csv and test.csv, or of one file to divide. Raises UserError."""
-    source, names = args.source, ["train.csv", "test.csv"]
-    lengths, read = {size * size for size in game.sizes}, []
-    try:
-        if source == "hf":
-            import huggingface_hub  # only here, so that nothing else needs it
-            source = huggingface_hub.snapshot_download(game.repo, repo_type="dataset", allow_patterns=names)
-        one_file = source.endswith(".csv") or Path(source).is_file()
-        paths = [Path(source)] if one_file else [Path(source, name) for name in names]
-        for path in paths:
-            read.append(read_csv(path, game, lengths, args.min_difficulty))
-            lengths = {read[0].shape[2]}        # the first file decides for the second
-    except (OSError, csv.Error) as e:
-        own = {**vars(args), "builder": game.builder, "name": "", "source": "DIR", "output_dir": None}
-        raise UserError(f"--source {args.source} cannot be read ({one_line(e)}); put train.csv and test.csv, "
-                        f"as in https://huggingface.co/datasets/{game.repo}, into a folder DIR, then: "
-                        f"{command(*recipe_flags(own), args.output_dir)}")
-    return paths, read
-
-
-def hold_out(boards, n, rng):
-    """[the others, n boards drawn from (2, N, S)], both in their order. Raises UserError."""
+def train_test_split(boards, n_test, rng):
+    """[training, test] boards, n_test of them drawn from (2, N, S) for testing, in their order."""
     total = boards.shape[1]
-    if total <= n:
-        raise UserError(f"the file has {total} boards, all of them for --num-test {n}; lower it")
+    require(n_test < total, f"--num-test {n_test} leaves none of the file's {total} boards; lower it")
     order = rng.permutation(total)
-    return [boards[:, np.sort(order[n:])], boards[:, np.sort(order[:n])]]
+    return [boards[:, np.sort(order[n_test:])], boards[:, np.sort(order[:n_test])]]
 
 
 # ---------------------------------------------------------------------------------------------
 # Both
 
-def warn_of_leaks(train, test, game):
-    """Say how many test boards are trained on, as they are or in another form. train, test: (2, N, S)."""
-    def shared(form):
-        trained = set(form(*train, isqrt(train.shape[2])))
-        return sum(board in trained for board in form(*test, isqrt(test.shape[2])))
 
-    exact = kin = shared(lambda questions, answers, size: map(np.ndarray.tobytes, questions))
-    if train.shape[1] + test.shape[1] <= FEW:
-        kin = shared(game.kinship)
-    if kin:
-        print(f"warning: {kin} of {test.shape[1]} test boards also stand in the training split ({exact} as "
-              f"they are, else turned, mirrored or renamed): their score is memory", file=sys.stderr)
+def warn_of_leaks(train, test, task):
+    """Print how many test boards are also training boards. train, test: (2, N, S)."""
+    if train.shape[1] + test.shape[1] <= MAX_HASHED:
+        size = isqrt(test.shape[2])
+        trained = task.symmetry_hash(*train, size)
+        tested = task.symmetry_hash(*test, size)
+    else:
+        trained = map(bytes, train[0])
+        tested = map(bytes, test[0])
+    trained = set(trained)
+    leaked = sum(board in trained for board in tested)
+    if leaked:
+        message = f"warning: {leaked} of {test.shape[1]} test boards are also in the training split"
+        print(f"{message}, exactly or up to symmetry", file=sys.stderr)
 
 
-def load(args, game, make, rng):
-    """Training and test boards (2, N, S) that the flags ask for, and recipe.json. Raises UserError.
-
-    make() -> question, answer, kinship of a random board; both it and this draw from rng."""
-    paths = []
-    if args.source != "generate":
-        _, typed = recipe_flags({**vars(args), "builder": game.builder, "name": ""})
-        for flag in {"--num-train", "--size", "--min-path", "--loops"}.intersection(typed):
-            raise UserError(f"{flag} does nothing without --source generate; leave it out, or generate")
-        paths, read = read_source(args, game)
-        train, test = read if len(read) == 2 else hold_out(read[0], args.num_test, rng)
-    elif args.min_difficulty is None:
+def load(args, task, make, rng):
+    """Training and test boards (2, N, S) for the flags. make: see generate. Raises UserError."""
+    if args.source == "generate":
         train, test = generate(make, args.num_train, args.num_test)
     else:
-        raise UserError(f"--min-difficulty {args.min_difficulty} needs ratings, which generate has none of")
+        splits = read_source(args, task)
+        train, test = splits if len(splits) == 2 else train_test_split(*splits, args.num_test, rng)
+        same_size = train.shape[2] == test.shape[2]
+        require(same_size, f"{args.source}: train.csv and test.csv contain boards of different sizes")
     total = train.shape[1]
     n = args.subsample_size or total
-    if n > total:
-        raise UserError(f"--subsample-size {n} is more than the {total} training boards; lower it")
+    require(n <= total, f"--subsample-size {n} is more than the {total} training boards; lower it")
     if n < total:
         train = train[:, rng.choice(total, n, replace=False)]
-    warn_of_leaks(train, test, game)
-    # what identifies the data: every flag as typed but where they are written, and the bytes of the files
-    recipe = {"builder": game.builder, **vars(args), "name": source_name(args, game),
-              "files": {path.name: sha256(path) for path in paths}}
-    del recipe["output_dir"]
-    if paths and args.source != "hf":
-        recipe["source"] = str(Path(args.source).resolve())     # to build it again from any directory
-    return train, test, recipe
+    warn_of_leaks(train, test, task)
+    return train, test

@@ -1,156 +1,250 @@
-"""Build a dataset of mazes: 30x30 from the hub or CSV files, or generated here.
+"""Build a dataset of mazes: 30x30 from the hub or a file, or generated.
 
-    python prepare/maze.py                              # Maze-Hard, the paper's
-    python prepare/maze.py --source generate --size 12  # no network
+    python prepare/maze.py                                # Maze-Hard, as in the paper
+    python -m prepare maze-gen                            # 100,000 generated boards of its kind
+    python prepare/maze.py --source generate --size 12 --output-dir data/maze-12x12
 
-A CSV names its columns in the first line: question, answer. A board is
-size * size of '# SGo': wall, free, start, goal, path (answers only), tokens 1
-to 5 (0 is padding). Equal seeds give the bytes of the published builder.
+A CSV file has a header with the columns question and answer. A board is
+size * size of '# SGo': wall, free, start, goal, path (in answers), tokens 1 to
+5; 0 is padding. Equal seeds give equal bytes, those of the published builder
+where it has the same option.
+
+Every answer of Maze-Hard follows one rule, which generated boards and --relabel
+use: breadth-first search from S, neighbours in the order down, left, right, up;
+the parent of a cell is the cell that found it first; the path follows the
+parents back from G. This breaks the tie between millions of shortest paths.
 """
+
 import sys
 import zlib
-from functools import partial
-from itertools import count
+from functools import cache, partial
+from itertools import product
 from math import isqrt
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import UserError, cli, within
-from data import dihedral, write_dataset
-from prepare import boards
+import prepare
+from prepare import boards, building, dihedral, write_boards
+from tools.common import UserError, bounded, cli, progress
 
 WALL, FREE, START, GOAL, PATH = range(1, 6)
-STEPS = (-1, 0), (0, 1), (1, 0), (0, -1)
 SIZES = range(5, 101)
 
+# ---------------------------------------------------------------------------------------------
+# The rules
 
-def distance(open_cells, start, goal):
-    """Steps from start to goal through open cells, -1 where there is no way: (N, H, W) bool -> (N,) int."""
-    reached, found = start & open_cells, np.full(len(start), -1)
-    for steps in count():
-        found[(found < 0) & (reached & goal).any((1, 2))] = steps
-        near = np.pad(reached, ((0, 0), (1, 1), (1, 1)))
-        near = near[:, 2:, 1:-1] | near[:, :-2, 1:-1] | near[:, 1:-1, 2:] | near[:, 1:-1, :-2]
-        if not (near & open_cells & ~reached).any():
-            return found
-        reached |= near & open_cells
+
+@cache
+def neighbours(height, width):
+    """For every cell, numbered row by row, the cells below, left, right and above."""
+    result = []
+    for r, c in product(range(height), range(width)):
+        near = []
+        for y, x in ((r + 1, c), (r, c - 1), (r, c + 1), (r - 1, c)):
+            if 0 <= y < height and 0 <= x < width:
+                near.append(y * width + x)
+        result.append(near)
+    return result
+
+
+def search(is_open, start, width):
+    """Breadth-first search by the rule: {cell: (steps from start, parent)}, in the order of discovery.
+
+    is_open: list of S bools."""
+    near_of = neighbours(len(is_open) // width, width)
+    found = {start: (0, start)}
+    queue = [start]
+    for cell in queue:
+        for near in near_of[cell]:
+            if is_open[near] and near not in found:
+                found[near] = found[cell][0] + 1, cell
+                queue.append(near)
+    return found
+
+
+def label_path(question, size):
+    """The answer (S,) to a question (S,) by the rule of Maze-Hard. G must be reachable."""
+    answer = np.array(question)
+    tokens = answer.tolist()
+    start = tokens.index(START)
+    goal = tokens.index(GOAL)
+    found = search((answer != WALL).tolist(), start, size)
+    cell = found[goal][1]
+    while cell != start:
+        answer[cell] = PATH
+        cell = found[cell][1]
+    return answer
+
+
+def is_solution(question, answer, width, shortest):
+    """check() for one board."""
+    tokens = question.tolist()
+    if tokens.count(START) != 1 or tokens.count(GOAL) != 1:
+        return False
+    start = tokens.index(START)
+    goal = tokens.index(GOAL)
+    path = answer == PATH
+    if not np.array_equal(np.where(path, FREE, answer), question):
+        return False
+    along_path = search((answer > FREE).tolist(), start, width)
+    if goal not in along_path or not shortest:
+        return goal in along_path
+    anywhere = search((question != WALL).tolist(), start, width)
+    return along_path[goal][0] == anywhere[goal][0] == path.sum() + 1
 
 
 def check(question, answer, width, shortest=True):
-    """Is `answer` the question with a path from S to G on free cells, and a shortest one (False: any that is
-    unbroken)? (..., H * width) tokens each -> (...) bool."""
-    q, a = (np.asarray(x).reshape(-1, x.shape[-1] // width, width) for x in (question, answer))
-    start, goal, path = q == START, q == GOAL, a == PATH
-    kept = np.where(path, FREE, a) == np.where(q == PATH, 0, q)  # a question has no path yet
-    ends = (start.sum((1, 2)) == 1) & (goal.sum((1, 2)) == 1)
-    steps = distance(path | start | goal, start, goal)
-    right = kept.all((1, 2)) & ends & (steps >= 0)
-    if shortest:
-        right &= (steps == distance(q != WALL, start, goal)) & (steps == path.sum((1, 2)) + 1)
-    return right.reshape(question.shape[:-1])
+    """Whether `answer` is the question with an unbroken path of free cells from S to G.
+
+    question, answer: (..., H * width) tokens -> (...) bool. shortest: the path must be a shortest one."""
+    question = np.asarray(question)
+    answer = np.asarray(answer)
+    valid = []
+    for index in np.ndindex(question.shape[:-1]):
+        valid.append(is_solution(question[index], answer[index], width, shortest))
+    return np.reshape(valid, question.shape[:-1])
 
 
-def kinship(questions, answers, size):
-    """Integers (N,) that are equal for turned and mirrored copies of a maze."""
-    mazes = questions.reshape(-1, size, size)
-    return [sum(zlib.crc32(dihedral(maze, t).tobytes()) for t in range(8)) for maze in mazes]
+def relabel(pairs, size):
+    """Questions and answers (2, N, S) with all answers computed anew by the rule."""
+    questions = progress(pairs[0], desc="relabeling", unit=" boards")
+    return np.stack([pairs[0], [label_path(question, size) for question in questions]])
+
+
+def symmetry_hash(questions, answers, size):
+    """Integers (N,) that are equal for rotated and reflected copies of a maze; (N, S) tokens each."""
+    hashes = []
+    for maze in questions.reshape(-1, size, size):
+        hashes.append(sum(zlib.crc32(dihedral(maze, t).tobytes()) for t in range(8)))
+    return hashes
 
 
 # ---------------------------------------------------------------------------------------------
-# Generating
+# Generating boards of Maze-Hard's kind
 
-def carve(rng, size, loops):
-    """(size, size) bool, True for walls: rooms at odd coordinates, joined by a depth-first walk, then a share
-    `loops` of the inner walls opened."""
-    wall = np.ones((size, size), bool)
-    wall[1, 1], walk = False, [(1, 1)]
-    while walk:
-        r, c = walk[-1]
-        ways = [(dr, dc) for dr, dc in STEPS if 0 < r + 2 * dr < size - 1 and 0 < c + 2 * dc < size - 1
-                and wall[r + 2 * dr, c + 2 * dc]]
-        if ways:
-            dr, dc = ways[rng.randint(len(ways))]
-            wall[r + dr, c + dc] = wall[r + 2 * dr, c + 2 * dc] = False
-            walk.append((r + 2 * dr, c + 2 * dc))
-        else:
-            walk.pop()
-    wall[1:-1, 1:-1] &= rng.rand(size - 2, size - 2) >= loops
-    return wall
+WALL_SHARE = 0.28, 0.45
+BATCH = 1024  # random boards that are searched at once; about one in 1,600 of size 30 has a long path
+MAX_BATCHES = 200  # without a single board, before giving up
 
 
-def neighbours(cell):
-    return [(cell[0] + dr, cell[1] + dc) for dr, dc in STEPS]
+def default_min_path(size):
+    """109 steps at size 30, as in Maze-Hard: in proportion to the cells of smaller boards, and to the side of
+    larger ones, because that is how their longest paths grow."""
+    return min(109 * size * size // 900, 109 * size // 30)
 
 
-def explore(wall, start):
-    """{cell: steps from start} and {cell: number of shortest paths from start}, nearest cells first."""
-    steps, ways, queue = {start: 0}, {start: 1}, [start]
-    for cell in queue:
-        for near in neighbours(cell):
-            if not wall[near] and steps.setdefault(near, steps[cell] + 1) > steps[cell]:
-                if near not in ways:
-                    queue.append(near)
-                ways[near] = ways.get(near, 0) + ways[cell]
-    return steps, ways
+def has_long_path(free, start, row, min_path):
+    """Whether some cell is min_path steps from the start, for many boards at once: (N,) bool.
+
+    free: (cells, N) bool, the last row and column of every board False; start: (N,) cells. Eight boards share
+    a byte, so that one bitwise operation takes a step of the breadth-first search on all of them."""
+    frontier = np.zeros_like(free)
+    frontier[start, np.arange(len(start))] = True
+    frontier = np.packbits(frontier, axis=1)  # (cells, N / 8)
+    unseen = np.packbits(free, axis=1) & ~frontier
+    for _ in range(min_path):
+        near = np.zeros_like(frontier)
+        for offset in (1, row):  # left and right, then up and down
+            near[offset:] |= frontier[:-offset]
+            near[:-offset] |= frontier[offset:]
+        frontier = near & unseen
+        unseen ^= frontier
+    reached = np.bitwise_or.reduce(frontier, axis=0)
+    return np.unpackbits(reached).astype(bool)
 
 
-def make_maze(rng, size, min_path, loops=0.02):
-    """A random maze with one shortest path from S to G, of min_path steps or more: question, answer and
-    kinship. Raises UserError."""
-    for _ in range(200):
-        wall = carve(rng, size, loops)
-        free = np.argwhere(~wall).tolist()
-        start = tuple(free[rng.randint(len(free))])
-        steps, ways = explore(wall, start)
-        goals = [cell for cell in steps if ways[cell] == 1 and steps[cell] >= min_path]
-        if goals:
-            break
-    else:
-        raise UserError(f"--min-path {min_path} was not reached in 200 mazes of --size {size}; ask for less")
-    goal = cell = goals[rng.randint(len(goals))]
-    question = np.where(wall, WALL, FREE).astype(np.uint8)
-    question[start], question[goal] = START, GOAL
-    answer = question.copy()
-    for _ in range(steps[goal] - 1):
-        cell = next(near for near in neighbours(cell) if steps.get(near) == steps[cell] - 1)
-        answer[cell] = PATH
-    return question.ravel(), answer.ravel(), kinship(question, answer, size)[0]
+def draw_batch(rng, size, min_path):
+    """Free cells (n, S) bool and start cells (n,) of those boards in a random batch that have a long path.
+
+    The wall share is uniform in WALL_SHARE, S uniform over the free cells."""
+    row = size + 1
+    each = np.arange(BATCH)
+    threshold = rng.uniform(*WALL_SHARE, BATCH) * (1 << 16)
+    noise = rng.randint(1 << 16, size=(size, size, BATCH), dtype=np.uint16)
+    free = np.zeros((row, row, BATCH), bool)  # the last row and column remain walls
+    free[:size, :size] = noise >= threshold.astype(np.uint16)
+    y, x = rng.randint(size, size=(2, BATCH))
+    free[y, x, each] = True
+    start = y * row + x
+    kept = np.flatnonzero(has_long_path(free.reshape(row * row, BATCH), start, row, min_path))
+    boards = free[:size, :size, kept].reshape(size * size, -1).T
+    wall_share = 1 - boards.mean(1)  # differs from the drawn share by chance
+    in_range = (wall_share >= WALL_SHARE[0]) & (wall_share <= WALL_SHARE[1])
+    return boards[in_range], (y * size + x)[kept][in_range]
+
+
+def draw_mazes(rng, size, min_path):
+    """Yield random boards: question (S,), answer (S,), symmetry hash. rng: numpy RandomState.
+
+    G is uniform over the cells at least min_path steps from S. Raises UserError if there is no such board."""
+    failures = 0
+    while failures < MAX_BATCHES:
+        failures += 1
+        for free, start in zip(*draw_batch(rng, size, min_path)):
+            found = search(free.tolist(), int(start), size)
+            goals = [cell for cell, (steps, _) in found.items() if steps >= min_path]
+            question = np.where(free, FREE, WALL).astype(np.uint8)
+            question[start] = START
+            question[goals[rng.randint(len(goals))]] = GOAL
+            failures = 0
+            yield question, label_path(question, size), symmetry_hash(question, None, size)[0]
+    raise UserError(f"found no maze of --size {size} with --min-path {min_path}; lower it")
 
 
 # ---------------------------------------------------------------------------------------------
 # The command
 
-GAME = boards.Game(builder="maze", repo="sapientinc/maze-30x30-hard-1k", published="30x30-hard-1k",
-                   alphabet={"#": WALL, " ": FREE, "S": START, "G": GOAL, "o": PATH}, sizes=SIZES,
-                   right=partial(check, shortest=False), kinship=kinship)
+TASK = boards.BoardTask(
+    repo="sapientinc/maze-30x30-hard-1k",
+    published_size=30,
+    sizes=SIZES,
+    alphabet={"#": WALL, " ": FREE, "S": START, "G": GOAL, "o": PATH},
+    is_valid=partial(check, shortest=False),
+    symmetry_hash=symmetry_hash,
+)
 
 
 def flags():
-    parser = boards.flags(__doc__, GAME)
+    parser = boards.common_flags(__doc__, TASK)
     add = parser.add_argument
-    add("--size", type=within(int, SIZES[0], SIZES[-1]), default=30, metavar="N", help="of generated mazes")
-    add("--min-path", type=within(int, 1, 10 ** 4), metavar="N",
-        help="least steps of generated paths; without, size * size / 8, at most 4 * size")
-    add("--loops", type=within(float, 0, 1), default=0.02, metavar="X",
-        help="share of inner walls opened; 0: one way only, and no shorter one to be found")
-    add("--aug", action="store_true", help="training mazes in all eight turned and mirrored forms")
+    side = bounded(int, SIZES[0], SIZES[-1])
+    steps = bounded(int, 1, 10**4)
+    add("--size", type=side, default=30, metavar="N", help="side of generated mazes")
+    add("--min-path", type=steps, metavar="N", help="least steps from S to G (default: 109 at size 30)")
+    add("--aug", action="store_true", help="add the 7 rotated and reflected copies of every training maze")
+    add("--relabel", action="store_true", help="compute all answers anew by the rule, after --aug")
     return parser
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    rng = np.random.RandomState(args.seed)
-    args.output_dir = args.output_dir or f"data/maze-{boards.source_name(args, GAME)}"
-    min_path = args.min_path or min(args.size ** 2 // 8, 4 * args.size)
-    make = partial(make_maze, rng, args.size, min_path, args.loops)
-    train, test, recipe = boards.load(args, GAME, make, rng)
-    if args.aug:
+    recipe = prepare.recipe_of("maze", argv)
+    with building(prepare.output_dir(args, recipe), recipe, args.overwrite) as folder:
+        rng = np.random.RandomState(args.seed)
+        mazes = draw_mazes(rng, args.size, args.min_path or default_min_path(args.size))
+        train, test = boards.load(args, TASK, partial(next, mazes), rng)
         size = isqrt(test.shape[2])
-        grids = train.reshape(2, -1, size, size)
-        train = np.stack([dihedral(grids, t) for t in range(8)], axis=2).reshape(2, -1, size * size)
-    write_dataset(args.output_dir, {"train": train, "test": test}, 6, recipe, group_size=8 if args.aug else 1)
+        if args.aug:
+            grids = train.reshape(2, -1, size, size)
+            copies = [dihedral(grids, t) for t in range(8)]
+            train = np.stack(copies, axis=2).reshape(2, -1, size * size)
+        if args.relabel:
+            train = relabel(train, size)
+            test = relabel(test, size)
+        elif args.aug:
+            print(
+                "note: rotated answers contradict the tie-break of the others; --relabel computes them anew"
+            )
+        group_size = 8 if args.aug else 1
+        write_boards(folder, {"train": train, "test": test}, 6, group_size)
+    if args.source == "generate":
+        questions, answers = np.concatenate([train, test], axis=1)
+        wall_share = (questions == WALL).mean()
+        steps = np.median((answers == PATH).sum(1) + 1)
+        # Maze-Hard has 0.372 and 112
+        print(f"mean wall share {wall_share:.3f}, median path length {steps:.0f} steps")
 
 
 if __name__ == "__main__":

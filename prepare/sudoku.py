@@ -1,212 +1,223 @@
-"""Build a Sudoku dataset: 9x9 from the hub or CSV files, or generated here.
+"""Build a dataset of Sudokus: 9x9 from the hub or a file, or generated.
 
-    python prepare/sudoku.py --subsample-size 1000 --num-aug 1000  # the paper's
-    python prepare/sudoku.py --source generate --num-aug 1000      # no network
+    python prepare/sudoku.py --subsample-size 1000 --num-aug 1000    # as in the paper
+    python -m prepare mini                                           # 6x6, generated
+    python prepare/sudoku.py --source FILE --num-test 100 --output-dir data/mine
 
-A CSV names its columns in the first line: question (or puzzle, quizzes), answer
-(or solution), if there is one rating (or difficulty); blanks are '.' or 0.
-Everywhere, a board is S = size * size tokens: blank 1, digit d is d + 1 (0 is
-padding). Equal seeds give the bytes of the published builder.
+A CSV file has a header with the columns question and answer. A board is
+S = size * size tokens: blank 1, digit d is d + 1; 0 is padding. Equal seeds
+give equal bytes, those of the published builder.
 """
+
 import sys
 from functools import cache
-from itertools import chain, islice
 from math import isqrt
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import cli, progress, within
-from data import write_dataset
-from prepare import boards
+import prepare
+from prepare import boards, building, write_boards
+from tools.common import bounded, cli, progress
 
 BOX = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # size: rows and columns of a box
 
 
 def check(question, answer, size):
-    """Is `answer` a legal solution that keeps the givens? (..., S) tokens each -> (...) bool."""
+    """Whether `answer` is a legal solution that keeps the givens: (..., S) tokens each -> (...) bool."""
     h, w = BOX[size]
-    bits = np.left_shift(1, np.minimum(answer, size + 2), dtype=np.int32)  # no digit: a bit not in `full`
-    grid = bits.reshape(*bits.shape[:-1], size // h, h, size // w, w)
-    full = (1 << size + 2) - 4
     legal = ((question == 1) | (question == answer)).all(-1)
-    for axes in ((-2, -1), (-4, -3), (-3, -1)):             # rows, columns, boxes
-        legal &= (np.bitwise_or.reduce(grid, axis=axes) == full).all((-2, -1))
+    bits = np.left_shift(
+        1, np.minimum(answer, size + 2), dtype=np.int32
+    )  # a non-digit: a bit outside all_digits
+    all_digits = (1 << size + 2) - 4
+    grid = bits.reshape(*bits.shape[:-1], size // h, h, size // w, w)
+    for axes in ((-2, -1), (-4, -3), (-3, -1)):  # rows, columns, boxes
+        found = np.bitwise_or.reduce(grid, axis=axes)
+        legal &= (found == all_digits).all((-2, -1))
     return legal
 
 
 # ---------------------------------------------------------------------------------------------
 # Symmetries: new = relabel[old[cells]]
 
+
+def draw_order(rng, size, band):
+    """A permutation of `size` rows or columns that permutes bands, and the lines of each band."""
+    order = []
+    for i in rng.permutation(size // band).tolist():
+        order += (i * band + rng.permutation(band)).tolist()
+    return order
+
+
 def draw_symmetries(rng, n, size):
-    """Draw n symmetries: relabel (n, size + 2) maps tokens, cells (n, S) says where each cell comes from.
+    """Draw n symmetries: relabel (n, size + 2) maps tokens, cells (n, S) is the old index of each new cell.
 
-    rng: numpy RandomState. The order of the draws is the published builder's, so that its bytes come out.
-    """
+    rng: numpy RandomState. The order of the draws is the published builder's, for equal bytes."""
     h, w = BOX[size]
-    digits, rows, cols = (np.empty((n, size), np.int64) for _ in range(3))
-    flip = np.zeros((n, 1, 1), bool)
-
-    def lines(m):   # which old row, or column, each new one is; m of them make a band
-        bands = rng.permutation(size // m).tolist()
-        return [band * m + line for band in bands for line in rng.permutation(m).tolist()]
-
+    relabel = np.zeros((n, size + 2), np.uint8)
+    relabel[:, 1] = 1
+    cells = np.zeros((n, size, size), np.int64)
+    board = np.arange(size * size).reshape(size, size)
     for i in range(n):
-        digits[i] = rng.permutation(size)
-        flip[i] = h == w and rng.rand() < 0.5       # 6x6 is not transposed: its boxes would not fit
-        rows[i], cols[i] = lines(h), lines(w)
-    relabel = np.concatenate([np.tile([0, 1], (n, 1)), digits + 2], axis=1).astype(np.uint8)
-    rows, cols = rows[:, :, None], cols[:, None, :]
-    return relabel, np.where(flip, cols * size + rows, rows * size + cols).reshape(n, size * size)
+        relabel[i, 2:] = rng.permutation(size) + 2
+        transpose = h == w and rng.rand() < 0.5  # boxes of 2 x 3 cannot be transposed
+        rows = draw_order(rng, size, h)
+        columns = draw_order(rng, size, w)
+        old = board.T if transpose else board
+        cells[i] = old[rows][:, columns]
+    return relabel, cells.reshape(n, size * size)
 
 
 def augment(rng, pairs, size, num_aug):
-    """Each question and answer, then num_aug symmetries of it: (2, N, S) -> (2, N * (1 + num_aug), S)."""
+    """Add num_aug symmetric copies after each question and answer: (2, N, S) -> (2, N * (1 + num_aug), S)."""
+    if not num_aug:
+        return pairs
     out = np.repeat(pairs[:, :, None], 1 + num_aug, axis=2)
-    for p in progress(range(pairs.shape[1] if num_aug else 0), desc="augmenting", unit=" puzzles"):
+    for p in progress(range(pairs.shape[1]), desc="augmenting", unit=" puzzles"):
         relabel, cells = draw_symmetries(rng, num_aug, size)
-        for copies in out[:, p, 1:]:        # of the question, then of the answer: (num_aug, S)
+        for copies in out[:, p, 1:]:  # of the question, then of the answer: (num_aug, S)
             moved = np.take_along_axis(copies, cells, axis=1)
             copies[:] = np.take_along_axis(relabel, moved, axis=1)
     return out.reshape(2, -1, size * size)
 
 
+@cache
+def units(size):
+    """(S, 3): row, column and box of every cell, numbered consecutively from 0 to 3 * size - 1."""
+    h, w = BOX[size]
+    rows, columns = np.divmod(np.arange(size * size), size)
+    boxes = rows // h * h + columns // w
+    return np.stack([rows, size + columns, 2 * size + boxes], axis=1)
+
+
+def mix(x):
+    """Scramble uint64 values."""
+    x = (x ^ (x >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
+    return x ^ (x >> np.uint64(29))
+
+
+def symmetry_hash(question, answer, size):
+    """Integers that are equal for symmetric puzzles: (..., S) tokens each -> (...) uint64.
+
+    They depend only on which cells are givens and which cells share a row, column, box or digit of the
+    answer, through sums over such cells. A symmetry reorders the sums, or swaps rows with columns, whose sums
+    are added."""
+    questions = question.reshape(-1, size * size)
+    answers = answer.reshape(-1, size * size)
+    each = np.arange(len(answers))[:, None]
+    h = mix(questions.clip(1, 2).astype(np.uint64))  # (N, S)
+    unit_of = [*units(size).T % size, answers - 2]  # by row, by column, by box, by digit
+    for _ in range(3):
+        totals = []  # for every cell the mixed sum over the cells of its unit
+        for unit in unit_of:
+            sums = np.zeros((len(h), size), np.uint64)
+            np.add.at(sums, (each, unit), h)
+            totals.append(mix(sums)[each, unit])
+        row, column, box, digit = totals
+        h = mix(h + row + column + mix(box) + mix(mix(digit)))
+    return h.sum(1).reshape(question.shape[:-1])[()]
+
+
 # ---------------------------------------------------------------------------------------------
 # Generating
 
-@cache
-def units(size):
-    """The row, column and box of every cell, numbered through: S tuples of three, each 0 .. 3 * size - 1."""
-    h, w = BOX[size]
-    return [(r, size + c, 2 * size + r // h * h + c // w) for r in range(size) for c in range(size)]
-
 
 def solve(board, size, order):
-    """The first solution of `board` (without contradictions), or None.
+    """The first solution of a board without contradictions, or None.
 
-    Boards are S bits, 1 << (digit - 1), 0 for a blank. The blank with the fewest candidates is filled first,
-    cell c only with the bits order[c], in turn."""
-    units_of, board, taken = units(size), list(board), [0] * 3 * size
-    blanks = [c for c, bit in enumerate(board) if not bit]
-    for c, bit in enumerate(board):
-        for u in units_of[c]:
-            taken[u] |= bit
+    board: S bits, 1 << (digit - 1), 0 for a blank. order: the bits to try in each cell, in turn. The blank
+    with the fewest candidates is filled first."""
+    board = list(board)
+    units_of = units(size).tolist()
+    taken = [0] * (3 * size)  # digits of every unit
+    for cell, bit in enumerate(board):
+        for unit in units_of[cell]:
+            taken[unit] |= bit
+    blanks = [cell for cell, bit in enumerate(board) if not bit]
 
     def search():
-        fewest, free = size + 1, 0
-        for i, c in enumerate(blanks):
-            r, k, b = units_of[c]
-            options = ~(taken[r] | taken[k] | taken[b]) & (1 << size) - 1
-            if options.bit_count() < fewest:
-                fewest, at, free = options.bit_count(), i, options
+        fewest = size + 1
+        free = 0
+        for i, cell in enumerate(blanks):
+            row, column, box = units_of[cell]
+            candidates = ~(taken[row] | taken[column] | taken[box]) & (1 << size) - 1
+            if candidates.bit_count() < fewest:
+                fewest = candidates.bit_count()
+                index = i
+                free = candidates
                 if fewest < 2:
                     break
-        if fewest > size:
+        if fewest > size:  # no blank is left
             return True
-        c = blanks.pop(at)
-        for bit in order[c]:
+        cell = blanks.pop(index)
+        row, column, box = units_of[cell]
+        for bit in order[cell]:
             if bit & free:
-                board[c] = bit
-                for u in units_of[c]:
-                    taken[u] ^= bit
+                board[cell] = bit
+                for unit in (row, column, box):
+                    taken[unit] ^= bit
                 if search():
                     return True
-                for u in units_of[c]:
-                    taken[u] ^= bit
-        blanks.insert(at, c)
+                for unit in (row, column, box):
+                    taken[unit] ^= bit
+        blanks.insert(index, cell)
         return False
 
     return board if search() else None
 
 
 def make_puzzle(rng, size):
-    """A random puzzle with one solution and no clue to spare: question, answer, kinship.
+    """A random puzzle with one solution and no redundant clue: question, answer, symmetry hash.
 
-    From a random full board clues are taken away in random order, each unless there is a solution with
-    another digit in its place: so the solution remains the only one, and every clue that is left is needed.
-    """
+    Clues of a random full board are removed in random order, unless there is a solution with another digit in
+    that cell. So the solution remains unique, and every clue that is left is necessary."""
     order = (1 << rng.rand(size * size, size).argsort(1)).tolist()
-    answer = solve([0] * size * size, size, order)
+    answer = solve([0] * (size * size), size, order)
     question = list(answer)
-    for c in rng.permutation(size * size).tolist():
-        question[c] = 0
-        others = [bit for bit in order[c] if bit != answer[c]]
-        if solve(question, size, [*order[:c], others, *order[c + 1:]]):
-            question[c] = answer[c]
+    for cell in rng.permutation(size * size).tolist():
+        question[cell] = 0
+        others = [bit for bit in order[cell] if bit != answer[cell]]
+        if solve(question, size, [*order[:cell], others, *order[cell + 1 :]]):
+            question[cell] = answer[cell]
     tokens = [np.array([bit.bit_length() + 1 for bit in board], np.uint8) for board in (question, answer)]
-    return *tokens, int(kinship(*tokens, size))
-
-
-def kinship(question, answer, size):
-    """Integers that are equal for puzzles which a symmetry maps onto each other: (..., S) tokens -> (...).
-
-    They depend only on which cells are givens and which cells share a row, column, box or digit of the
-    answer, through sums modulo 2**64 over such cells. A symmetry reorders these sums, or swaps rows with
-    columns, whose sums are added.
-    """
-    questions, answers = question.reshape(-1, size * size), answer.reshape(-1, size * size)
-    each = np.arange(len(answers))[:, None]
-
-    def mix(x):
-        x = (x ^ (x >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
-        return x ^ (x >> np.uint64(29))
-
-    def total(h, unit):     # for every cell the mixed sum over the cells of its unit, which is 0 .. size - 1
-        sums = np.zeros((len(h), size), np.uint64)
-        np.add.at(sums, (each, unit), h)
-        return mix(sums)[each, unit]
-
-    h, kinds = mix(questions.clip(1, 2).astype(np.uint64)), (*np.array(units(size)).T % size, answers - 2)
-    for _ in range(3):
-        row, col, box, digit = (total(h, unit) for unit in kinds)
-        h = mix(h + row + col + mix(box) + mix(mix(digit)))
-    return h.sum(1).reshape(question.shape[:-1])[()]
-
-
-def warn_of_several_solutions(puzzles, size):
-    """Say how many of the puzzles, a list of (question, answer), have more solutions than the answer."""
-    several, digits = 0, [1 << digit for digit in range(size)]
-    for puzzle in puzzles:
-        clues, only = ([1 << token >> 2 for token in board.tolist()] for board in puzzle)
-        # a search that tries the answer's digits last ends at another solution if there is one
-        order = [[bit for bit in digits if bit != last] + [last] for last in only]
-        several += solve(clues, size, order) != only
-    if several:
-        print(f"warning: {several} of the {len(puzzles)} puzzles that were looked at have several solutions; "
-              f"only the answer that is given counts as right", file=sys.stderr)
+    return *tokens, int(symmetry_hash(*tokens, size))
 
 
 # ---------------------------------------------------------------------------------------------
 # The command
 
-GAME = boards.Game(builder="sudoku", repo="sapientinc/sudoku-extreme", published="extreme", sizes=BOX,
-                   alphabet={".": 1, **{str(digit): digit + 1 for digit in range(10)}},
-                   right=check, kinship=kinship)
+TASK = boards.BoardTask(
+    repo="sapientinc/sudoku-extreme",
+    published_size=9,
+    sizes=tuple(BOX),
+    alphabet={".": 1, **{str(digit): digit + 1 for digit in range(10)}},
+    is_valid=check,
+    symmetry_hash=symmetry_hash,
+)
 
 
 def flags():
-    parser = boards.flags(__doc__, GAME)
-    parser.add_argument("--size", type=int, choices=BOX, default=6, help="of generated boards")
-    parser.add_argument("--num-aug", type=within(int, 0, 10 ** 6), default=0, metavar="N",
-                        help="random symmetries of each training board")
+    parser = boards.common_flags(__doc__, TASK)
+    add = parser.add_argument
+    copies = bounded(int, 0, 10**6)
+    add("--size", type=int, choices=BOX, default=6, help="side of generated boards")
+    add("--num-aug", type=copies, default=0, metavar="N", help="symmetric copies of each training board")
     return parser
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    rng, n, num_aug = np.random.RandomState(args.seed), args.subsample_size, args.num_aug
-    how_many = "full" if n is None else f"{n // 1000}k" if n % 1000 == 0 else n
-    name = f"{boards.source_name(args, GAME)}-{how_many}-aug-{num_aug}"
-    args.output_dir = args.output_dir or f"data/sudoku-{name}"
-    train, test, recipe = boards.load(args, GAME, lambda: make_puzzle(rng, args.size), rng)
-    size = isqrt(test.shape[2])
-    if args.source != "generate":
-        puzzles = islice(chain(zip(*test), zip(*train)), 100)   # not more: a hard one takes 0.1 s
-        warn_of_several_solutions(list(puzzles), size)
-    splits = {"train": augment(rng, train, size, num_aug), "test": test}
-    write_dataset(args.output_dir, splits, size + 2, recipe, group_size=1 + num_aug,
-                  train_dtype=np.int64 if size == 9 and num_aug else None)     # as published
+    recipe = prepare.recipe_of("sudoku", argv)
+    with building(prepare.output_dir(args, recipe), recipe, args.overwrite) as folder:
+        rng = np.random.RandomState(args.seed)
+        train, test = boards.load(args, TASK, lambda: make_puzzle(rng, args.size), rng)
+        size = isqrt(test.shape[2])
+        train = augment(rng, train, size, args.num_aug)
+        if size == 9 and args.num_aug:
+            train = train.astype(np.int64)  # as published
+        write_boards(folder, {"train": train, "test": test}, size + 2, 1 + args.num_aug)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models are faster so, in subprocesses too
+# Before torch is imported, also in subprocesses: tiny models are faster on one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
@@ -10,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also the tests that take minutes")
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
 def pytest_configure(config):
@@ -27,5 +28,6 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def boards(tmp_path_factory):
     """The folder of a small dataset of 4x4 Sudokus to train on."""
-    from runs import write_boards   # here: not every test file needs torch
+    from runs import write_boards  # here, because not every test file needs torch
+
     return write_boards(tmp_path_factory.mktemp("data") / "boards")

@@ -1,18 +1,21 @@
-"""Your own task: python tests/own_task.py data/flood && python train.py --data data/flood"""
+"""A task of your own: python tests/own_task.py data/flood && python train.py --data data/flood"""
+
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import cli  # noqa: E402
-from data import dihedral, write_dataset  # noqa: E402
+from prepare import dihedral, write_dataset
+from tools.common import cli
 
-SIZE, (PAD, WALL, DRY, WET) = 4, range(4)    # vocabulary 4; 0 is padding, and a label of 0 is not asked
+SIZE = 4
+PAD, WALL, DRY, WET = range(4)  # a vocabulary of 4; 0 is padding, and a label of 0 is not scored
+RECIPE = {"builder": "flood", "command": "python tests/own_task.py"}
 
 
-def boards(rng, n):
-    """Inputs (n, S): walls and one wet cell. Labels (n, S): wet is all that the water reaches."""
+def draw_boards(rng, n):
+    """Inputs (n, S): walls and one wet cell. Labels (n, S): all cells that the water reaches are wet."""
     inputs = np.where(rng.random((n, SIZE, SIZE)) < 0.35, WALL, DRY).astype(np.uint8)
     inputs[np.arange(n), rng.integers(SIZE, size=n), rng.integers(SIZE, size=n)] = WET
     labels = inputs.copy()
@@ -23,16 +26,17 @@ def boards(rng, n):
     return inputs.reshape(n, -1), labels.reshape(n, -1)
 
 
-def turn(rng, *arrays):
-    """The boards in another of the eight ways that a square can lie."""
+def augment(rng, *arrays):
+    """The boards rotated or reflected, all in the same way."""
     t = rng.integers(1, 8)
     return [dihedral(a.reshape(-1, SIZE, SIZE), t).reshape(len(a), -1) for a in arrays]
 
 
 def main(argv=None):
+    folder = (argv or sys.argv[1:] or ["data/flood"])[0]
     rng = np.random.default_rng(0)
-    splits = {"train": boards(rng, 1000), "test": boards(rng, 500)}
-    write_dataset((argv or sys.argv[1:] or ["data/flood"])[0], splits, vocab_size=4, augment=turn, num_aug=7)
+    splits = {"train": draw_boards(rng, 1000), "test": draw_boards(rng, 500)}
+    write_dataset(folder, splits, vocab_size=4, recipe=RECIPE, augment=augment, num_aug=7)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What the tests share: small datasets and models; runs in this process, in forked ones and under torchrun.
+"""Shared by the tests: small datasets and models, and runs in this process, in forked ones or under torchrun.
 
-A forked run begins with torch imported, and a hook can end it at any event, so that a test of 20 crashes
-takes seconds.
+A forked run starts with torch already imported, and a hook can end it at any event. A test that kills a run
+20 times therefore takes seconds.
 """
+
 import multiprocessing
 import os
 import random
@@ -17,28 +18,42 @@ import numpy as np
 import torch
 from tiny_arc import pair, write_source
 
-import common
-import data
-import rundir
+import prepare
 import train
 from model import TRM, Config
 from prepare import arc, sudoku
+from tools import common, run_folder
 
 ROOT = Path(train.__file__).parent
-FLAGS = ("--preset sudoku --hidden-size 32 --puzzle-emb-ndim 32 --H-cycles 2 --L-cycles 1 --num-layers 1 "
-         "--halt-max-steps 4 --halt-exploration-prob 0.5 --global-batch-size 8 --epochs 4 --eval-interval 2 "
-         "--lr 3e-3 --lr-warmup-steps 5 --puzzle-emb-lr 1e-2 --log-interval 4 --dtype float32 --no-compile "
-         "--device cpu").split()
+FLAGS = (
+    "--preset sudoku --hidden-size 32 --puzzle-emb-ndim 32 --H-cycles 2 --L-cycles 1 --num-layers 1 "
+    "--halt-max-steps 4 --halt-exploration-prob 0.5 --global-batch-size 8 --epochs 4 --eval-interval 2 "
+    "--lr 3e-3 --lr-warmup-steps 5 --puzzle-emb-lr 1e-2 --log-interval 4 --dtype float32 --no-compile "
+    "--device cpu"
+).split()
 TIMINGS = {"train_s", "dt_ms", "settings", "line"}
 ALONE = common.World(0, 1, torch.device("cpu"))
-TINY = Config(vocab_size=6, seq_len=16, hidden_size=32, num_heads=2, num_layers=1, mixer="mlp",
-              pos_encodings="none", puzzle_emb_len=1, puzzle_emb_ndim=32, H_cycles=1, L_cycles=1,
-              halt_max_steps=4, dtype="float32")
+TINY = Config(
+    vocab_size=6,
+    seq_len=16,
+    hidden_size=32,
+    num_heads=2,
+    num_layers=1,
+    mixer="mlp",
+    pos_encodings="none",
+    puzzle_emb_len=1,
+    puzzle_emb_ndim=32,
+    H_cycles=1,
+    L_cycles=1,
+    halt_max_steps=4,
+    dtype="float32",
+)
 ARC_CFG = replace(TINY, vocab_size=12, seq_len=900, mixer="attn", pos_encodings="rope", halt_max_steps=2)
 
 
 # ---------------------------------------------------------------------------------------------
 # Small datasets and models
+
 
 def boards(n, seed=0):
     """(2, n, 16): 4x4 Sudokus and their answers."""
@@ -49,7 +64,7 @@ def boards(n, seed=0):
 def sudoku_dir(folder):
     """A dataset of 4x4 Sudokus as prepare/sudoku.py would write it."""
     recipe = {"builder": "sudoku", "size": 4, "source": "generate"}
-    data.write_dataset(folder, {"train": boards(8), "test": boards(22, seed=1)}, 6, recipe)
+    prepare.write_dataset(folder, {"train": boards(8), "test": boards(22, seed=1)}, 6, recipe)
     return folder
 
 
@@ -66,8 +81,8 @@ def arc_dir(folder):
         pairs = [flipped(rng, rng.randint(2, 5), rng.randint(2, 5)) for _ in range(3 + (i == 1))]
         tasks[f"task{i}"] = {"train": pairs[:2], "test": pairs[2:]}
     write_source(folder, {"evaluation": tasks})
-    arc.main(["--source", str(folder), "--subsets", "evaluation", "--num-aug", "2",
-              "--output-dir", str(folder / "built")])
+    argv = ["--source", str(folder), "--subsets", "evaluation", "--num-aug", "2"]
+    arc.main([*argv, "--output-dir", str(folder / "built")])
     return folder / "built"
 
 
@@ -97,43 +112,56 @@ def arc_model(split, seed=0):
 def save_run(folder, split, model, **changes):
     """A run folder as train.py leaves it."""
     dirs = [str(d) for d in split.dirs]
-    content = {"config": asdict(model.cfg), "model": model.state_dict(), "ema": None,
-               "identity": split.identity, "recipe": split.recipe, "data": dirs, "data_test": dirs,
-               "settings": {"preset": "mini"}, "step": 10, **changes}
-    rundir.save_file(folder / "step_00000010.ckpt", content)
+    content = {
+        "config": asdict(model.cfg),
+        "model": model.state_dict(),
+        "ema": None,
+        "puzzle_ids_sha256": split.puzzle_ids_sha256,
+        "recipe": split.recipe,
+        "data": dirs,
+        "data_test": dirs,
+        "settings": {"preset": "mini"},
+        "step": 10,
+        **changes,
+    }
+    run_folder.save_file(folder / "step_00000010.ckpt", content)
     (folder / "latest.txt").write_text("step_00000010.ckpt\n")
     return folder
 
 
 class Oracle(TRM):
-    """Solves 4x4 Sudokus, if `needs` says so only after some steps; q_halt tells truly whether it is right.
+    """Solves 4x4 Sudokus after `needs` supervision steps; q_halt is positive exactly when it is right.
 
-    State y: feature 0 the tokens, 1 the number of steps, 2 what noise made of 0.
-    """
+    Features of the state y: 0 the tokens, 1 the number of steps, 2 the noise added so far."""
+
     noise_helps = False
 
     def __init__(self, cfg=TINY):
         super().__init__(cfg, torch.Generator().manual_seed(0))
         self.y0.zero_()
+        self.calls = 0
         self.eval()
 
-    def embed(self, inputs, rows):
+    def embed(self, inputs, puzzle_rows):
         x = torch.zeros(len(inputs), self.cfg.length, self.cfg.hidden_size)
         x[:, 1:, 0] = inputs
         return x
 
-    def improve(self, x, y, z):
+    def deep_recursion(self, x, y, z):
         y = y.clone()
         y[..., 0] = x[..., 0]
         y[..., 1] += 1
-        self.calls = getattr(self, "calls", 0) + 1
+        self.calls += 1
         return y, z
 
     def needs(self, tokens):
-        return 1 + int(tokens.sum()) % 4        # steps until it knows
+        """Number of steps until the answer is right."""
+        return 1 + int(tokens.sum()) % 4
 
     def knows(self, tokens, state):
-        return state[0, 2] > 0.5 if self.noise_helps else round(float(state[0, 1])) >= self.needs(tokens)
+        if self.noise_helps:
+            return state[0, 2] > 0.5
+        return round(float(state[0, 1])) >= self.needs(tokens)
 
     def heads(self, y):
         logits = torch.zeros(len(y), 16, 6)
@@ -150,7 +178,7 @@ class Oracle(TRM):
 
 
 def altered(path):
-    """A bit of a file turned."""
+    """Flip one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -166,23 +194,26 @@ def png_size(path):
 # ---------------------------------------------------------------------------------------------
 # Runs
 
+
 def write_boards(folder, groups=20, seed=0, vocab_size=6, shift=0):
     """A dataset of 4x4 Sudokus in groups of two puzzles, each with an identifier and up to three examples."""
     rng = np.random.default_rng(seed)
     solved = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
-
-    def boards(n):
-        labels = np.stack([rng.permutation(4)[solved - 1] + 2 for _ in range(n)])
-        return np.where(rng.random(labels.shape) < 0.5, 1, labels).astype(np.uint8), labels.astype(np.uint8)
     several = rng.integers(1, 4, 2 * groups)
     ids = np.arange(1, 2 * groups + 1, dtype=np.int32)
     for split, sizes in (("train", several), ("test", np.ones_like(several))):
-        inputs, labels = boards(sizes.sum())
-        data.write_split(Path(folder) / split, {
-            "inputs": inputs, "labels": labels, "puzzle_identifiers": ids,
+        labels = np.stack([rng.permutation(4)[solved - 1] + 2 for _ in range(sizes.sum())])
+        inputs = np.where(rng.random(labels.shape) < 0.5, 1, labels)
+        arrays = {
+            "inputs": inputs.astype(np.uint8),
+            "labels": labels.astype(np.uint8),
+            "puzzle_identifiers": ids,
             "puzzle_indices": np.concatenate(([0], np.cumsum(sizes))).astype(np.int32),
-            "group_indices": np.arange(0, 2 * groups + 1, 2, dtype=np.int32)}, vocab_size, len(ids) + 1)
-    common.write_json(Path(folder) / "identifiers.json", ["<blank>", *(f"puzzle{i + shift}" for i in ids)])
+            "group_indices": np.arange(0, 2 * groups + 1, 2, dtype=np.int32),
+        }
+        prepare.write_split(Path(folder) / split, arrays, vocab_size, len(ids) + 1)
+    names = [f"puzzle{i + shift}" for i in ids]
+    common.write_json(Path(folder) / "identifiers.json", ["<blank>", *names])
     common.write_json(Path(folder) / "recipe.json", {"seed": seed})
     return str(folder)
 
@@ -192,7 +223,9 @@ def flags(boards, run_dir, *more):
 
 
 def log_of(run_dir, *events):
-    return [r for r in rundir.read_log(Path(run_dir) / "log.jsonl") if not events or r["event"] in events]
+    """Records of a run's log, all or those of the given events."""
+    records = run_folder.read_log(Path(run_dir) / "log.jsonl")
+    return [r for r in records if not events or r["event"] in events]
 
 
 def steps_of(run_dir, event):
@@ -201,49 +234,60 @@ def steps_of(run_dir, event):
 
 def last(run_dir):
     """Content of the newest checkpoint of a run."""
-    return rundir.load_file(rundir.checkpoints(run_dir)[0])
+    return run_folder.load_file(run_folder.checkpoints(run_dir)[0])
 
 
 def unlike(a, b, name=""):
     """Names of what differs, bit for bit, between two checkpoints or two logs; timings do not count."""
+    found = []
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted((a.keys() | b.keys()) - TIMINGS, key=str)
-        one_only = [f"{name}/{k}" for k in keys if (k in a) != (k in b)]
-        return one_only + [n for k in keys if k in a and k in b for n in unlike(a[k], b[k], f"{name}/{k}")]
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return [n for i, (x, y) in enumerate(zip(a, b)) for n in unlike(x, y, f"{name}[{i}]")]
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if a.dtype == b.dtype and torch.equal(a, b):
-            return []
-        return [f"{name} by {(a.double() - b.double()).abs().max():.3g}" if a.shape == b.shape else name]
-    return [] if type(a) is type(b) and a == b else [f"{name}: {str(a)[:60]} != {str(b)[:60]}"]
+        for key in sorted((a.keys() | b.keys()) - TIMINGS, key=str):
+            if key in a and key in b:
+                found += unlike(a[key], b[key], f"{name}/{key}")
+            else:
+                found.append(f"{name}/{key} is missing in one")
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b)):
+            found += unlike(x, y, f"{name}[{i}]")
+    elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape:
+        if a.dtype != b.dtype or not torch.equal(a, b):
+            found.append(f"{name} by {(a.double() - b.double()).abs().max():.3g}")
+    elif type(a) is not type(b) or a is not b and a != b:
+        found.append(f"{name}: {str(a)[:60]} != {str(b)[:60]}")
+    return found
 
 
 def same_run(a, b):
     """What differs between the ends of two runs, and between their logs."""
-    return unlike(last(a), last(b)) + unlike(log_of(a, "train", "val"), log_of(b, "train", "val"), "log")
+    logs = [log_of(run_dir, "train", "val") for run_dir in (a, b)]
+    return unlike(last(a), last(b)) + unlike(*logs, "log")
 
 
 # ---------------------------------------------------------------------------------------------
 # Runs in processes of their own
 
+
 def count_events(act):
-    """Call act(name, number) around everything that a run does to its state or its files."""
-    number = iter(range(10 ** 9))
+    """Call act(name, number) before and after everything that a run does to its state or its files."""
+    numbers = iter(range(10**9))
 
     def wrap(owner, name):
         function = getattr(owner, name)
 
         def wrapped(*args, **kwargs):
-            act(f"before {name}", next(number))
+            act(f"before {name}", next(numbers))
             result = function(*args, **kwargs)
-            act(f"after {name}", next(number))
+            act(f"after {name}", next(numbers))
             return result
+
         setattr(owner, name, wrapped)
-    for name in ("backward", "update", "log_step", "evaluate", "mirror"):
+
+    for name in ("forward_backward", "update", "log_step", "evaluate", "link_or_copy"):
         wrap(train, name)
-    for owner, name in ((rundir, "save_file"), (rundir.Log, "write"), (os, "replace"), (torch, "save")):
-        wrap(owner, name)
+    wrap(run_folder, "save_file")
+    wrap(run_folder.Log, "write")
+    wrap(os, "replace")
+    wrap(torch, "save")
 
 
 def at(event, do):
@@ -251,18 +295,27 @@ def at(event, do):
     seen = []
 
     def act(name, number):
-        if isinstance(event, tuple) and name == event[0]:
-            seen.append(name)
-        if number == event or isinstance(event, tuple) and name == event[0] and len(seen) == event[1]:
+        if not isinstance(event, tuple):
+            is_due = number == event
+        else:
+            seen.extend([name] * (name == event[0]))
+            is_due = name == event[0] and len(seen) == event[1]
+        if is_due:
             do()
+
     return act
 
 
 def without_curves(monkeypatch=None):
     """Pictures take a second each: only tests/test_draw.py draws."""
+
     def plot(run_dirs, path):
         return path
-    monkeypatch.setattr(train.draw, "plot", plot) if monkeypatch else setattr(train.draw, "plot", plot)
+
+    if monkeypatch:
+        monkeypatch.setattr(train.draw, "plot", plot)
+    else:
+        train.draw.plot = plot
 
 
 def go(*argv):
@@ -270,24 +323,28 @@ def go(*argv):
     return train.main([str(a) for a in argv])
 
 
-def child(rank, size, port, cwd, argv, event, number, output):
-    """One rank. number: of a signal that it sends itself at `event`; None: count the events into a file."""
+def child(rank, size, port, cwd, argv, event, action, output):
+    """One rank. action: a signal number that it sends itself at `event`, or a function to call before the run
+    if `event` is None; True: count the events into a file."""
     os.chdir(cwd)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(address, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     file = os.open(f"{output}{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-    os.dup2(file, 1), os.dup2(file, 2)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     torch.set_num_threads(1)
     without_curves()
     if event is not None:
-        count_events(at(event, lambda: os.kill(os.getpid(), number)))
-    elif number:
+        count_events(at(event, lambda: os.kill(os.getpid(), action)))
+    elif callable(action):
+        action()
+    elif action:
         count_events(lambda name, n: Path(f"{output}events{rank}").write_text(str(n)))
     common.cli(lambda: train.main(argv))
 
 
 class Ranks:
-    """A run of `size` processes, started at once. hook: (event, signal) of the rank `hooked`, see child."""
+    """A run of `size` processes, started at once. hook: (event, action) of the rank `hooked`, see child."""
 
     def __init__(self, tmp_path, argv, size=1, hook=(None, None), hooked=0):
         os.environ.setdefault("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
@@ -301,8 +358,8 @@ class Ranks:
         self.output = str(Path(tmp_path) / f"output{random.random()}-")
         self.processes = []
         for rank in range(size):
-            event = hook if rank == hooked else (None, None)
-            args = (rank, size, port, str(tmp_path), argv, *event, self.output)
+            event, action = hook if rank == hooked else (None, None)
+            args = (rank, size, port, str(tmp_path), [str(a) for a in argv], event, action, self.output)
             self.processes.append(context.Process(target=child, args=args, daemon=True))
             self.processes[-1].start()
 

@@ -1,52 +1,66 @@
-"""The model against naive loops, and what must hold whatever the weights are."""
-import copy
+"""model.py against naive loops, and properties that hold for all weights.
+
+The figures of the published code are in test_published.py."""
+
 import math
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from runs import ALONE
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from common import UserError
-from data import exploration
-from model import IGNORE, OVER_ALL_ROWS, TRM, Batch, Config, act_loss, attend, build, log_stablemax, \
-    grid_score_mod, metric_names, read_config, row_scores, sudoku_score_mod, trunc_normal
-from optim import AdamATan2, schedule, sign_sgd
-from runs import ALONE
+from data import min_halt_steps
+from model import IGNORE_LABEL, MEAN_OVER_ALL_ROWS, TRM, Batch, Config, Flops, act_loss, attend, build_model
+from model import config_from_dict, flops, grid_score_mod, log_stablemax, metric_names, score_rows
+from model import trunc_normal
+from tools.common import UserError
+
+MLP = dict(mixer="mlp", pos_encodings="none")
+REGRESSION = dict(vocab_size=0, input_dim=3, target_dim=2)
 
 
 def tiny(**changes):
-    settings = dict(vocab_size=6, seq_len=16, num_puzzles=5, hidden_size=32, num_heads=4, puzzle_emb_len=2,
-                    puzzle_emb_ndim=32, H_cycles=2, L_cycles=2, dtype="float32")
-    return Config(**{**settings, **changes})
+    sizes = dict(vocab_size=6, seq_len=16, num_puzzles=5, hidden_size=32, num_heads=4, puzzle_emb_len=2)
+    sizes |= dict(puzzle_emb_ndim=32, H_cycles=2, L_cycles=2, dtype="float32")
+    return Config(**(sizes | changes))
 
 
-def make(cfg, seed=0):
-    return TRM(cfg, torch.Generator().manual_seed(seed))
+def make_model(cfg, seed=0):
+    return TRM(cfg, generator(seed)).train()
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def random_batch(cfg, rows, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, cfg.vocab_size, (2, rows, cfg.seq_len), generator=g, dtype=torch.int32)
+    g = generator(seed)
+    if cfg.regression:
+        inputs = torch.randn(rows, cfg.seq_len, cfg.input_dim, generator=g)
+        labels = torch.randn(rows, cfg.seq_len, cfg.target_dim, generator=g)
+        labels[:, 3:5] = math.nan  # masked out
+    else:
+        shape = (2, rows, cfg.seq_len)
+        inputs, labels = torch.randint(1, cfg.vocab_size, shape, generator=g, dtype=torch.int32)
     ids = torch.randint(cfg.num_puzzles, (rows,), generator=g, dtype=torch.int32)
-    return Batch(tokens[0], tokens[1], ids, torch.zeros(rows, dtype=torch.int32))
+    return Batch(inputs, labels, ids, torch.zeros(rows, dtype=torch.int32))
 
 
 def settings(*flags):
     return train.settings(["--preset", "sudoku", *flags], ALONE)[0]
 
 
-def one_step(cfg, seed=0, rows=3):
-    """(model, delta, loss, sums of the metrics) after a forward and a backward."""
-    model, batch = make(cfg, seed).train(), random_batch(cfg, rows)
-    delta = torch.zeros(rows, cfg.puzzle_emb_ndim, requires_grad=True)
-    carry, logits, q = model.step(model.empty_carry(batch), batch, delta)
-    target = model.continue_target(carry) if cfg.q_continue else None
-    loss, sums = act_loss(cfg, carry, logits, q, target)
-    loss.backward()
-    return model, delta, loss, sums
+def check_difference(what, measured, limit):
+    assert measured <= limit, f"{what}: the largest difference is {measured:.3e}, the limit {limit:.0e}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Layers
 
 
 def rms(row):
@@ -54,477 +68,430 @@ def rms(row):
 
 
 def naive_swiglu(v, gate_up, down):
-    half = len(gate_up) // 2
-    gate, up = gate_up[:half] @ v, gate_up[half:] @ v
+    gate, up = np.split(gate_up @ v, 2)
     return down @ (gate / (1 + np.exp(-gate)) * up)
 
 
-def test_mlp_mixer_normalises_over_positions():
-    """One application of net in float64, element by element: the mixer's rms is over L, the other over D."""
-    cfg = tiny(mixer="mlp", pos_encodings="none", num_layers=1)
-    model = make(cfg)
-    L, D = cfg.length, cfg.hidden_size
-    h = torch.randn(2, L, D, generator=torch.Generator().manual_seed(1))
-    x = torch.randn(2, L, D, generator=torch.Generator().manual_seed(2))
+def test_mlp_block_equals_a_naive_loop():
+    """The norm of the mixer is over positions, the other over features."""
+    cfg = tiny(num_layers=1, **MLP)
+    model = make_model(cfg)
+    h, x = torch.randn(2, cfg.length, 3, cfg.hidden_size, generator=generator())  # (L, B, D) each
     with torch.no_grad():
-        first = (t.transpose(0, 1).contiguous() for t in (h, x))      # net takes (L, B, D) with this mixer
-        got = model.net(*first).transpose(0, 1).numpy()
+        found = model.net(h, x).numpy()
     mix_in, mix_out, mlp_in, mlp_out = (p.detach().double().numpy() for p in model.blocks[0].parameters())
-    for b in range(2):
-        a = (h[b] + x[b]).double().numpy()
-        mixed = np.stack([rms(a[:, d] + naive_swiglu(a[:, d], mix_in, mix_out)) for d in range(D)], axis=1)
-        wanted = np.stack([rms(mixed[i] + naive_swiglu(mixed[i], mlp_in, mlp_out)) for i in range(L)])
-        worst = np.abs(got[b] - wanted).max()
-        assert worst < 1e-5, f"row {b}: largest difference {worst:.2e}"
+    for b in range(3):
+        a = (h + x)[:, b].double().numpy()
+        mixed = np.stack([rms(column + naive_swiglu(column, mix_in, mix_out)) for column in a.T], axis=1)
+        expected = np.stack([rms(row + naive_swiglu(row, mlp_in, mlp_out)) for row in mixed])
+        check_difference(f"row {b}", np.abs(found[:, b] - expected).max(), 1e-5)
 
 
 def test_attention_block_equals_a_naive_loop():
     cfg = tiny(num_layers=1)
-    model = make(cfg)
+    model = make_model(cfg)
     L, D, H = cfg.length, cfg.hidden_size, cfg.num_heads
-    h = torch.randn(1, L, D, generator=torch.Generator().manual_seed(1))
+    head_dim = D // H
+    h = torch.randn(1, L, D, generator=generator())
     with torch.no_grad():
-        got = model.net(h, torch.zeros_like(h))[0].numpy()
+        found = model.net(h, torch.zeros_like(h))[0].numpy()
     mix_in, mix_out, mlp_in, mlp_out = (p.detach().double().numpy() for p in model.blocks[0].parameters())
     a = h[0].double().numpy()
-    q, k, v = (a @ mix_in.T).reshape(L, 3, H, D // H).transpose(1, 2, 0, 3)                # (H, L, D/H) each
-    half = D // H // 2
-    for t in (q, k):
-        for i in range(L):
-            for j in range(half):
-                angle = i * 10000.0 ** (-2 * j / (D // H))
-                first, second = t[:, i, j].copy(), t[:, i, j + half].copy()
-                t[:, i, j] = first * math.cos(angle) - second * math.sin(angle)
-                t[:, i, j + half] = second * math.cos(angle) + first * math.sin(angle)
-    out = np.zeros((L, D))
-    for head in range(H):
-        for i in range(L):
-            weight = np.exp([q[head, i] @ k[head, j] / math.sqrt(D // H) for j in range(L)])
-            out[i, head * D // H:(head + 1) * D // H] = weight / weight.sum() @ v[head]
-    mixed = np.stack([rms(a[i] + mix_out @ out[i]) for i in range(L)])
-    wanted = np.stack([rms(mixed[i] + naive_swiglu(mixed[i], mlp_in, mlp_out)) for i in range(L)])
-    assert np.abs(got - wanted).max() < 1e-5, np.abs(got - wanted).max()
+    q, k, v = (a @ mix_in.T).reshape(L, 3, H, head_dim).transpose(1, 2, 0, 3)  # (H, L, head_dim) each
+    for i in range(L):  # RoPE rotates feature j with feature j + head_dim / 2
+        for j in range(head_dim // 2):
+            rotation = np.exp(1j * i * 10000.0 ** (-2 * j / head_dim))
+            for t in (q, k):
+                rotated = (t[:, i, j] + 1j * t[:, i, j + head_dim // 2]) * rotation
+                t[:, i, j], t[:, i, j + head_dim // 2] = rotated.real, rotated.imag
+    out = np.zeros((L, H, head_dim))
+    for i in range(L):
+        for head in range(H):
+            weight = np.exp(k[head] @ q[head, i] / math.sqrt(head_dim))
+            out[i, head] = weight / weight.sum() @ v[head]
+    mixed = [rms(a[i] + mix_out @ out[i].ravel()) for i in range(L)]
+    expected = np.stack([rms(row + naive_swiglu(row, mlp_in, mlp_out)) for row in mixed])
+    check_difference("output", np.abs(found - expected).max(), 1e-5)
 
 
-def test_adam_atan2_against_a_float64_loop():
-    """The first moment's bias correction stands outside the atan2: inside, step 1 would move pi / 4 * lr."""
-    rng = np.random.RandomState(0)
-    p0, grads = rng.randn(7), rng.randn(5, 7)
-    lr, wd, b1, b2 = 0.01, 0.1, 0.9, 0.95
-    p = torch.tensor(p0, dtype=torch.float32)
-    adam = AdamATan2(p, b1, b2, wd)
-    want, m, v = p0.copy(), np.zeros(7), np.zeros(7)
-    for t, g in enumerate(grads, 1):
-        adam.step(p, torch.tensor(g, dtype=torch.float32), lr, t)
-        for i in range(7):
-            want[i] *= 1 - lr * wd
-            m[i] += (1 - b1) * (g[i] - m[i])
-            v[i] += (1 - b2) * (g[i] ** 2 - v[i])
-            want[i] -= lr / (1 - b1 ** t) * math.atan2(m[i], math.sqrt(v[i]) / math.sqrt(1 - b2 ** t))
-        assert np.abs(p.numpy() - want).max() < 1e-6, (t, p, want)
-        if t == 1:
-            moved = np.abs(p.numpy() - p0 * (1 - lr * wd)) / lr
-            assert np.allclose(moved, math.atan(1 - b1) / (1 - b1), atol=1e-4), moved
+def random_qkv(heads=4, length=20, head_dim=8):
+    return torch.randn(3, 2, heads, length, head_dim, generator=generator(), requires_grad=True)
 
 
-def test_halted_rows_alone_take_new_data():
-    cfg = tiny(pos_encodings="learned")
-    model = make(cfg).train()
-    old, new = random_batch(cfg, 4, seed=1), random_batch(cfg, 4, seed=2)
-    carry, _, _ = model.step(model.empty_carry(old), old)
-    for i in range(4):      # all rows were halted at the start: all took the batch
-        assert torch.equal(carry.inputs[i], old.inputs[i]) and carry.steps[i] == 1
-    carry = carry._replace(halted=torch.tensor([True, False, False, True]))
-    got = model.admit(carry, new)
-    for i in range(4):
-        fresh = bool(carry.halted[i])
-        source = new if fresh else old
-        assert torch.equal(got.inputs[i], source.inputs[i]) and torch.equal(got.labels[i], source.labels[i])
-        assert got.puzzle_ids[i] == source.puzzle_ids[i]
-        assert got.steps[i] == (0 if fresh else 1)
-        for position in range(cfg.length):
-            assert torch.equal(got.y[i, position], model.y0 if fresh else carry.y[i, position])
-            assert torch.equal(got.z[i, position], model.z0 if fresh else carry.z[i, position])
+def test_plain_attention_equals_the_fused_kernel():
+    q, k, v = random_qkv()
+    fused = F.scaled_dot_product_attention(q, k, v)
+    plain = attend(q, k, v)
+    check_difference("attend", (fused - plain).abs().max().item(), 1e-5)
+    assert torch.equal(plain, attend(q, k, v, lambda score, b, h, i, j: score))
+    causal = attend(q, k, v, lambda score, b, h, i, j: torch.where(j <= i, score, -math.inf))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    check_difference("causal mask", (causal - expected).abs().max().item(), 1e-5)
 
 
-def test_halting():
-    """Rows halt at the last step, when q_halt > 0 in training, and never below what exploration drew."""
-    cfg = tiny(halt_max_steps=3)
-    model, batch = make(cfg).train(), random_batch(tiny(), 4)
-    with torch.no_grad():
-        carry = model.step(model.empty_carry(batch), batch)[0]
-        assert not carry.halted.any()                     # q starts at -5
-        carry = model.step(model.step(carry, batch)[0], batch)[0]
-        assert carry.halted.all() and (carry.steps == 3).all()
-        model.q_bias[0] = 5.0
-        wants = batch._replace(min_steps=torch.tensor([0, 2, 3, 0], dtype=torch.int32))
-        carry = model.step(model.empty_carry(wants), wants)[0]
-        assert carry.halted.tolist() == [True, False, False, True]
-        carry = model.step(carry, wants)[0]
-        assert carry.halted.tolist() == [True, True, False, True]
-        model.eval()        # evaluation goes all the way
-        assert not model.step(model.empty_carry(batch), batch)[0].halted.any()
+def test_a_row_that_sees_nothing_gives_zeros():
+    """A mask of -inf over a whole row: no NaN, and the other rows and their gradients are unchanged."""
+    blind = 3
+
+    def score_mod(score, b, h, i, j):
+        return torch.where((i != blind) & (j != 5), score, -math.inf)
+
+    qkv, other = random_qkv(), torch.arange(20) != blind
+    out = attend(*qkv, score_mod)
+    visible = (torch.arange(20) != 5).expand(20, 20)
+    expected = F.scaled_dot_product_attention(*qkv, attn_mask=visible) * other[:, None]
+    assert (out[:, :, blind] == 0).all(), out[:, :, blind]
+    check_difference("output", (out - expected).abs().max().item(), 1e-5)
+    flex = flex_attention(*qkv.detach(), score_mod=score_mod)
+    check_difference("FlexAttention", (out - flex).abs().max().item(), 1e-5)
+    (gradient,) = torch.autograd.grad(out.square().sum(), qkv)
+    (expected,) = torch.autograd.grad(expected.square().sum(), qkv)
+    assert not gradient.isnan().any() and (gradient[0, :, :, blind] == 0).all()
+    check_difference("gradient", (gradient - expected).abs().max().item(), 1e-5)
 
 
-def test_train_max_steps():
-    """Rises in even stretches; exploration may hold a row beyond it."""
-    args = settings("--train-max-steps", "2", "5")
-    assert [train.train_max_steps(args, i / 8) for i in range(9)] == [2, 2, 3, 3, 4, 4, 5, 5, 5]
-    assert train.train_max_steps(settings(), 0.1) == 16
-    cfg = tiny(halt_max_steps=4)
-    model, batch = make(cfg).train(), random_batch(tiny(), 3)
-    batch = batch._replace(min_steps=torch.tensor([0, 3, 4], dtype=torch.int32))
-    for limit, ends in ((torch.tensor(2), [2, 3, 4]), (None, [4, 4, 4])):
-        carry, halted_at = model.empty_carry(batch), [0, 0, 0]
-        with torch.no_grad():
-            for step in range(1, 5):
-                carry = carry._replace(halted=carry.halted & (carry.steps == 0))
-                carry = model.step(carry, batch, max_steps=limit)[0]
-                halted_at = [at or step * int(h) for at, h in zip(halted_at, carry.halted.tolist())]
-        assert halted_at == ends, (limit, halted_at)
+def test_grid_score_mod_shows_one_neighbour():
+    """Four of five heads take the value of one neighbour, at an edge their own; the fifth head and the
+    prefix see everything."""
+    cfg = tiny(seq_len=9, num_heads=5, hidden_size=80, score_mod="grid")
+    q, k, v = random_qkv(heads=5, length=11, head_dim=16)
+    score_mod = grid_score_mod(cfg)
+    found, free = attend(q, k, v, score_mod), attend(q, k, v)
+    for h, (down, right) in enumerate([(-1, 0), (1, 0), (0, -1), (0, 1)]):
+        for cell in range(9):
+            row = min(max(cell // 3 + down, 0), 2)
+            col = min(max(cell % 3 + right, 0), 2)
+            difference = found[:, h, 2 + cell] - v[:, h, 2 + 3 * row + col]
+            check_difference(f"head {h}, cell {cell}", difference.abs().max().item(), 1e-5)
+    assert torch.allclose(found[:, 4], free[:, 4], atol=1e-5)
+    assert torch.allclose(found[:, :, :2], free[:, :, :2], atol=1e-5)
+    flex = flex_attention(q.detach(), k.detach(), v.detach(), score_mod=score_mod)
+    check_difference("FlexAttention", (found - flex).abs().max().item(), 1e-5)
 
 
-def test_one_supervision_step_halts_every_row():
-    """halt_max_steps 1: a row takes a new puzzle at every step, from y0 and z0; nothing is explored."""
-    cfg = tiny(halt_max_steps=1)
-    model, carry = make(cfg).train(), None
-    for seed in range(3):
-        min_steps = torch.from_numpy(exploration(0, seed, 4, 1.0, 1))
-        batch = random_batch(cfg, 4, seed)._replace(min_steps=min_steps)
-        assert not batch.min_steps.any()
-        with torch.no_grad():
-            carry, logits, _ = model.step(carry or model.empty_carry(batch), batch)
-            _, alone, _ = model.step(model.empty_carry(batch), batch)
-        assert carry.halted.all() and (carry.steps == 1).all() and torch.equal(carry.inputs, batch.inputs)
-        assert torch.equal(logits, alone)
-
-
-def test_early_cycles_get_no_gradient():
-    """The gradient is that of the last round alone, started from the states that the earlier ones left."""
-    cfg = tiny(H_cycles=3)
-    model, batch = make(cfg), random_batch(tiny(), 2)
-    x = model.embed(batch.inputs, model.puzzle_emb[batch.puzzle_ids]).detach()
-    y = model.y0.expand(2, cfg.length, -1).clone().requires_grad_()
-    z = model.z0.expand(2, cfg.length, -1).clone().requires_grad_()
-    model.improve(x, y, z)[0].sum().backward()
-    assert y.grad is None and z.grad is None
-    whole = [p.grad.clone() for p in model.blocks.parameters()]
-    model.zero_grad()
-    with torch.no_grad():
-        for _ in range(2):
-            y, z = model.cycle(x, y, z)
-    model.cycle(x, y, z)[0].sum().backward()
-    for a, p in zip(whole, model.blocks.parameters()):
-        assert torch.allclose(a, p.grad, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("change", [
-    dict(), dict(mixer="mlp", pos_encodings="none"), dict(pos_encodings="learned"),
-    dict(pos_encodings="none"), dict(loss="softmax"), dict(q_continue=True), dict(score_mod="sudoku"),
-    dict(puzzle_emb_len=0, puzzle_emb_ndim=0), dict(puzzle_emb_ndim=48), dict(H_cycles=1),
-    dict(num_layers=3), dict(dtype="bfloat16"), dict(halt_max_steps=1),
-    dict(vocab_size=0, input_dim=3, target_dim=2)], ids=str)
-def test_every_option_trains_for_a_step(change, rows):
-    cfg = tiny(**change)
-    if cfg.regression:
-        model = make(cfg).train()
-        g = torch.Generator().manual_seed(0)
-        labels = torch.randn(rows, cfg.seq_len, 2, generator=g)
-        labels[:, 3:5] = float("nan")                                   # masked out
-        batch = Batch(torch.randn(rows, cfg.seq_len, 3, generator=g), labels, *random_batch(tiny(), rows)[2:])
-        carry, out, q = model.step(model.empty_carry(batch), batch)
-        loss, sums = act_loss(cfg, carry, out, q)
-        loss.backward()
-        asked = ~labels.isnan()
-        wanted = sum(((out[i] - labels[i])[asked[i]] ** 2).mean() for i in range(rows))
-        assert math.isclose(sums["regression_loss"].item(), wanted.item(), rel_tol=1e-5)
-    else:
-        model, delta, loss, sums = one_step(cfg, rows=rows)
-        if cfg.puzzle_emb_ndim:
-            assert delta.grad.abs().sum() > 0
-    assert loss.isfinite() and all(value.isfinite() for value in sums.values()), sums
-    names = {"count", "steps", "q_halt_acc", "q_halt_loss", "q_continue_loss", *metric_names(cfg)}
-    assert sums.keys() == names
-    assert (sums["q_continue_loss"] > 0) == cfg.q_continue
-    for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all(), name
-        if not name.startswith("q_"):
-            assert p.grad.abs().sum() > 0, name
-
-
-def test_stablemax_and_the_row_mean():
-    logits = torch.tensor([[[2.0, -1.0, 0.0], [0.0, 0.0, 5.0], [1.0, 1.0, 1.0]]])
-    labels = torch.tensor([[1, IGNORE, 0]])
-    s = np.array([3.0, 0.5, 1.0])
-    assert np.allclose(log_stablemax(logits)[0, 0].numpy(), np.log(s / s.sum()), atol=1e-12)
-    assert log_stablemax(logits).dtype == torch.float64
-    cfg = tiny(vocab_size=3, seq_len=3)
-    carry = make(cfg).empty_carry(Batch(labels.int(), labels.int(), torch.zeros(1, dtype=torch.int32), None))
-    q = torch.zeros(1, 2)
-    loss, sums = act_loss(cfg, carry._replace(labels=labels), logits, q)
-    wanted = (-math.log(0.5 / 4.5) - math.log(1 / 3)) / 2
-    assert math.isclose(loss.item(), wanted + 0.5 * math.log(2), rel_tol=1e-6)
-    # cell 2 ties: argmax takes the first, which is its label
-    assert {name: sums[name].item() for name in ("count", "cell_acc", "exact_acc", "q_halt_acc")} == {
-        "count": 1, "cell_acc": 0.5, "exact_acc": 0, "q_halt_acc": 0}
-    assert math.isclose(sums["lm_loss"].item(), wanted, rel_tol=1e-6)
-
-
-def test_initial_weights_have_the_stated_std():
+def test_initial_weights_have_the_requested_std():
     for fan_in in (64, 512):
-        w = trunc_normal((2000, fan_in), fan_in ** -0.5, torch.Generator().manual_seed(0))
-        assert abs(w.std().item() * fan_in ** 0.5 - 1) < 0.01
-        assert w.abs().max().item() <= 2 * fan_in ** -0.5 / 0.8796 + 1e-6
+        w = trunc_normal((2000, fan_in), fan_in**-0.5, generator()) * fan_in**0.5
+        assert abs(w.std().item() - 1) < 0.01, w.std()
+        assert w.abs().max().item() <= 2 / 0.8796 + 1e-6, w.abs().max()
 
 
 def test_inner_widths_are_rounded_up():
-    cfg, narrow = Config(), Config(expansion=2.0, width_multiple=64)
-    assert [cfg.inner_width(n) for n in (512, 97, 64)] == [1536, 512, 256]      # as published
+    narrow = Config(expansion=2.0, width_multiple=64)
+    assert [Config().inner_width(n) for n in (512, 97, 64)] == [1536, 512, 256]  # as published
     assert [narrow.inner_width(n) for n in (512, 97, 64)] == [704, 192, 128]
-    assert Config(expansion=0.01, width_multiple=8).inner_width(64) == 8        # not 0
+    assert Config(expansion=0.01, width_multiple=8).inner_width(64) == 8
 
 
-@pytest.mark.parametrize("seq_len", [16, 36, 81])
-def test_score_mod_equals_a_naive_loop_and_trains(seq_len):
-    cfg = tiny(seq_len=seq_len, score_mod="sudoku")
-    size, P, H = math.isqrt(seq_len), cfg.puzzle_emb_len, cfg.num_heads
-    box_rows, box_cols = {4: (2, 2), 6: (2, 3), 9: (3, 3)}[size]
-    g = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, H, cfg.length, 8, generator=g, requires_grad=True).unbind(0)
-    got = attend(q, k, v, sudoku_score_mod(cfg))
-    for head in range(H):
-        for i in range(0, cfg.length, 7):
-            scores = []
-            for j in range(cfg.length):
-                score = (q[0, head, i] @ k[0, head, j]).item() / math.sqrt(8)
-                if i >= P and j >= P:
-                    (ri, ci), (rj, cj) = divmod(i - P, size), divmod(j - P, size)
-                    box = ri // box_rows == rj // box_rows and ci // box_cols == cj // box_cols
-                    score += (False, ri == rj, ci == cj, box)[head % 4]
-                scores.append(score)
-            weight = torch.tensor(scores).softmax(0)
-            assert torch.allclose(got[0, head, i], weight @ v[0, head], atol=1e-5)
-    got.sum().backward()
+# ---------------------------------------------------------------------------------------------
+# Recursion and halting
 
 
-def test_plain_and_fused_attention_agree():
-    q, k, v = torch.randn(3, 2, 4, 20, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    plain = attend(q, k, v)
-    assert torch.equal(plain, attend(q, k, v, lambda score, b, h, i, j: score))
-    assert (fused - plain).abs().max() < 1e-5
-    masked = attend(q, k, v, lambda score, b, h, i, j: torch.where(j <= i, score, -math.inf))
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert (masked - wanted).abs().max() < 1e-5
-
-
-def test_flex_attention_gives_the_same_forward():
-    """The CUDA path's operator, run where it can be without a GPU: compiled, forward only."""
-    cfg = tiny(seq_len=36, score_mod="sudoku")
-    q, k, v = torch.randn(3, 1, 4, cfg.length, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
-    mod = sudoku_score_mod(cfg)
+def test_early_recursions_get_no_gradient():
+    """The gradient is that of the last recursion alone, from the states that the others left."""
+    cfg = tiny(H_cycles=3)
+    model = make_model(cfg)
+    x, y, z = torch.randn(3, 2, cfg.length, 32, generator=generator(), requires_grad=True)
+    x, y, z = x.detach(), y.detach().requires_grad_(), z.detach().requires_grad_()
+    model.deep_recursion(x, y, z)[0].square().sum().backward()
+    assert y.grad is None and z.grad is None
+    found = [p.grad.clone() for p in model.blocks.parameters()]
+    model.zero_grad()
     with torch.no_grad():
-        got = flex_attention(q, k, v, score_mod=mod)
-        assert (got - attend(q, k, v, mod)).abs().max() < 1e-5
-
-
-def test_grid_score_mod_is_a_step_up_down_left_or_right():
-    """Of five heads four take the value of one neighbour, at an edge their own; the fifth is free. The puzzle
-    positions see all."""
-    cfg = tiny(seq_len=9, num_heads=5, hidden_size=80, score_mod="grid", puzzle_emb_len=2)
-    q, k, v = torch.randn(3, 1, 5, 11, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
-    got, free = attend(q, k, v, grid_score_mod(cfg)), attend(q, k, v)
-    for h, (down, right) in enumerate([(-1, 0), (1, 0), (0, -1), (0, 1)]):
-        for row in range(3):
-            for col in range(3):
-                near = min(max(row + down, 0), 2) * 3 + min(max(col + right, 0), 2)
-                cell = 2 + 3 * row + col
-                assert torch.allclose(got[0, h, cell], v[0, h, 2 + near], atol=1e-5), (h, row, col)
-    assert torch.allclose(got[:, 4], free[:, 4], atol=1e-5)
-    assert torch.allclose(got[:, :, :2], free[:, :, :2], atol=1e-5)
-    for bad in (dict(seq_len=10), dict(seq_len=9, mixer="mlp", pos_encodings="none")):
-        with pytest.raises(UserError, match="--score-mod grid needs --mixer attn and .* squares"):
-            tiny(score_mod="grid", **bad)
+        for _ in range(2):
+            y, z = model.latent_recursion(x, y, z)
+    model.latent_recursion(x, y, z)[0].square().sum().backward()
+    for gradient, p in zip(found, model.blocks.parameters()):
+        assert p.grad.any() and torch.allclose(gradient, p.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mixer", ["attn", "mlp"])
-def test_gradients_of_the_uses_are_summed_in_float32(mixer):
-    """The weights are used n + 1 times in a round, in bfloat16: every use has a gradient, and these
-    are added up in float32, the last use first. Sums in bfloat16 lose bits of them."""
+def test_gradients_of_all_uses_are_summed_in_float32(mixer):
+    """The bfloat16 weights are used n + 1 times; a sum of their gradients in bfloat16 would lose bits."""
     cfg = tiny(mixer=mixer, pos_encodings="none", L_cycles=6, dtype="bfloat16")
-    x, y, z = torch.randn(3, 3, cfg.length, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
-
-    def backward(model):
-        model.improve(x, y, z)[0].float().square().sum().backward()
-        return model
-    whole, apart, n_used = backward(make(cfg)), make(cfg), 0
-    copies = [copy.deepcopy(apart.blocks) for _ in range(cfg.L_cycles + 1)]
-
-    def net(h, injection, weights):
-        nonlocal n_used
-        used = n_used % len(copies)     # the same copies in every round; only the last has a gradient
-        apart.blocks, n_used = copies[used], n_used + 1
-        return TRM.net(apart, h, injection, weights)
-    apart.net = net
-    backward(apart)
-    assert n_used == cfg.H_cycles * len(copies)
-    for name, p in whole.blocks.named_parameters():
-        last, *others = [c.get_parameter(name).grad for c in reversed(copies)]
-        total, rounded = last.clone(), last.bfloat16()
-        for grad in others:     # each of a product in bfloat16
-            assert torch.equal(grad, grad.bfloat16().float()) and grad.any(), name
-            total, rounded = total + grad, rounded + grad.bfloat16()
-        assert torch.equal(p.grad, total), f"{name} by {(p.grad - total).abs().max():.2e}"
-        assert not torch.equal(p.grad, rounded.float()), name
+    model = make_model(cfg)
+    x, y, z = torch.randn(3, 3, cfg.length, 32, generator=generator()).bfloat16()
+    model.deep_recursion(x, y, z)[0].float().square().sum().backward()
+    for name, p in model.blocks.named_parameters():
+        in_bfloat16 = (p.grad == p.grad.bfloat16()).float().mean().item()
+        assert in_bfloat16 < 0.5, f"{name}: {in_bfloat16:.0%} of the sums have only the bits of bfloat16"
 
 
-@pytest.mark.parametrize("ids", [[3, 1, 3, 3, 0, 1], [2, 2, 2, 2, 2, 2], [0, 1, 2, 3, 4, 5]])
-def test_sign_sgd_against_a_loop(ids):
-    g = torch.Generator().manual_seed(0)
-    table, grads = torch.randn(6, 4, generator=g), torch.randn(6, 4, generator=g)
-    wanted = table.clone()
-    for puzzle in set(ids):
-        total = sum(grads[i] for i in range(6) if ids[i] == puzzle)
-        wanted[puzzle] = wanted[puzzle] * (1 - 0.1 * 0.5) - 0.1 * total.sign()
-    sign_sgd(table, torch.tensor(ids, dtype=torch.int32), grads, 0.1, 0.5)
-    assert torch.allclose(table, wanted, atol=1e-6), (table - wanted).abs().max()
+def test_only_halted_rows_take_new_puzzles():
+    cfg = tiny(pos_encodings="learned")
+    model = make_model(cfg)
+    old, new = random_batch(cfg, 4, seed=1), random_batch(cfg, 4, seed=2)
+    carry, _, _ = model.step(model.initial_carry(old), old)
+    assert torch.equal(carry.inputs, old.inputs) and carry.steps.tolist() == [1] * 4
+    halted = torch.tensor([True, False, False, True])
+    found = model.reset_halted(carry._replace(halted=halted), new)
+    assert found.steps.tolist() == [0, 1, 1, 0]
+    for i in range(4):
+        source = new if halted[i] else old
+        for name in ("inputs", "labels", "puzzle_ids"):
+            assert torch.equal(getattr(found, name)[i], getattr(source, name)[i]), (i, name)
+        for state, initial, before in (found.y, model.y0, carry.y), (found.z, model.z0, carry.z):
+            expected = initial.expand(cfg.length, -1) if halted[i] else before[i]
+            assert torch.equal(state[i], expected), i
 
 
-def test_schedule():
-    assert [schedule(t, 100, 4, 1.0) for t in (1, 2, 4, 100)] == [0.25, 0.5, 1.0, 1.0]
-    assert math.isclose(schedule(52, 100, 4, 0.2), 0.6) and math.isclose(schedule(100, 100, 4, 0.2), 0.2)
+def steps_until_halt(model, batch, max_steps=None):
+    """Supervision steps after which every row halts."""
+    carry, steps = model.initial_carry(batch), [0] * len(batch.inputs)
+    for step in range(1, 6):
+        carry = carry._replace(halted=torch.tensor([step == 1] * len(steps)))
+        with torch.no_grad():
+            carry = model.step(carry, batch, max_steps=max_steps)[0]
+        for i, halted in enumerate(carry.halted.tolist()):
+            steps[i] = steps[i] or step * halted
+    return steps
 
 
-def test_tiny_model_learns_eight_puzzles():
-    cfg = tiny(mixer="mlp", pos_encodings="none")
-    args = settings("--global-batch-size", "8", "--lr", "2e-3", "--puzzle-emb-lr", "1e-2",
-                    "--weight-decay", "0", "--ema", "0.9")
+def test_rows_halt():
+    """At the last step, or in training when q_halt > 0, but not before the minimum that was drawn."""
+    model = make_model(tiny(halt_max_steps=4))
+    batch = random_batch(model.cfg, 4)._replace(min_halt_steps=torch.tensor([0, 2, 3, 5]))
+    assert steps_until_halt(model, batch) == [4, 4, 4, 5]
+    assert steps_until_halt(model, batch, torch.tensor(2)) == [2, 2, 3, 5]
+    with torch.no_grad():
+        model.q_bias[0] = 5.0
+    assert steps_until_halt(model, batch) == [1, 2, 3, 5]
+    model.eval()
+    assert steps_until_halt(model, batch) == [4, 4, 4, 4]
+    batch = batch._replace(min_halt_steps=torch.from_numpy(min_halt_steps(0, 0, 4, 1.0, 1)))
+    assert steps_until_halt(make_model(tiny(halt_max_steps=1)), batch) == [1, 1, 1, 1]
+
+
+def test_the_maximum_of_training_steps_rises():
+    args = settings("--train-max-steps", "2", "5")
+    assert [train.train_max_steps(args, i / 8) for i in range(9)] == [2, 2, 3, 3, 4, 4, 5, 5, 5]
+    assert train.train_max_steps(settings(), 0.1) == 16
+
+
+OPTIONS = [{}, MLP, REGRESSION, dict(pos_encodings="learned"), dict(pos_encodings="none"), dict(num_layers=3)]
+OPTIONS += [dict(loss="softmax"), dict(score_mod="grid", num_heads=8), dict(puzzle_emb_ndim=48)]
+OPTIONS += [dict(puzzle_emb_len=0, puzzle_emb_ndim=0), dict(H_cycles=1), dict(dtype="bfloat16")]
+
+
+@pytest.mark.parametrize("change", OPTIONS, ids=str)
+def test_every_option_trains(change):
+    cfg = tiny(**change)
+    model, batch = make_model(cfg), random_batch(cfg, 3)
+    delta = torch.zeros(3, cfg.puzzle_emb_ndim, requires_grad=True)
+    carry, logits, q = model.step(model.initial_carry(batch), batch, delta)
+    loss, sums = act_loss(cfg, carry, logits, q)
+    loss.backward()
+    assert loss.isfinite() and all(value.isfinite() for value in sums.values()), sums
+    assert sums.keys() == {"count", "steps", "q_halt_acc", "q_halt_loss", *metric_names(cfg)}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    if cfg.puzzle_emb_ndim:
+        gradients["delta"] = delta.grad
+    for name, gradient in gradients.items():
+        assert gradient.isfinite().all() and gradient.any(), f"{name} has no gradient"
+
+
+# ---------------------------------------------------------------------------------------------
+# Scores and losses
+
+
+def test_stablemax_equals_its_formula():
+    s = np.array([3.0, 0.5, 1.0])
+    found = log_stablemax(torch.tensor([2.0, -1.0, 0.0]))
+    assert found.dtype == torch.float64
+    check_difference("log_stablemax", np.abs(found.numpy() - np.log(s / s.sum())).max(), 1e-12)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "stablemax"])
+def test_token_scores_equal_a_naive_loop(loss):
+    g = generator()
+    logits, labels = torch.randn(4, 16, 6, generator=g), torch.randint(0, 6, (4, 16), generator=g)
+    labels[0], labels[1, 3:9], labels[3] = logits[0].argmax(-1), IGNORE_LABEL, IGNORE_LABEL
+    found = score_rows(tiny(loss=loss), logits, labels)
+    for i in range(4):
+        cells = [j for j in range(16) if labels[i, j] != IGNORE_LABEL]
+        correct = [int(logits[i, j].argmax() == labels[i, j]) for j in cells]
+        losses = [0.0]
+        for j in cells:
+            log_probs = logits[i, j].log_softmax(-1) if loss == "softmax" else log_stablemax(logits[i, j])
+            losses.append(-log_probs[labels[i, j]].item())
+        n = max(1, len(cells))
+        assert (found.n_labels[i], found.exact[i]) == (len(cells), all(correct))
+        assert math.isclose(found.cell_acc[i], sum(correct) / n, abs_tol=1e-6)
+        assert math.isclose(found.loss[i], sum(losses) / n, abs_tol=1e-5)
+    assert found.exact[0] and found.n_labels.tolist() == [16, 10, 16, 0]
+
+
+def test_number_scores_equal_a_naive_loop():
+    g = generator()
+    cfg = tiny(halt_tolerance=0.5, **REGRESSION)
+    targets = torch.randn(4, 16, 2, generator=g)
+    std = torch.tensor([0.1, 1.0, 0.1, 1.0])[:, None, None]
+    predictions = targets + std * torch.randn(4, 16, 2, generator=g)
+    targets[1, 2:7], targets[2, 5, 1], targets[3] = math.nan, math.nan, math.nan
+    found = score_rows(cfg, predictions, targets)
+    for i in range(4):
+        cells = [j for j in range(16) if not targets[i, j].isnan().any()]
+        difference = (predictions - targets)[i, cells].flatten().tolist()
+        n = max(1, len(difference))
+        assert math.isclose(found.loss[i], sum(d * d for d in difference) / n, rel_tol=1e-5)
+        assert math.isclose(found.cell_acc[i], sum(map(abs, difference)) / n, rel_tol=1e-5)
+    assert found.exact.tolist() == [True, False, True, True]
+    assert found.n_labels.tolist() == [16, 11, 15, 0]
+
+
+def test_metric_sums_count_halted_rows_and_losses_all_rows():
+    cfg = tiny()
+    batch = random_batch(cfg, 4)
+    batch.labels[3] = IGNORE_LABEL
+    logits = F.one_hot(batch.labels.clamp(min=0).long(), 6).float() * 9
+    logits[0, 0] = logits[0, 0].roll(1)  # one wrong cell
+    q = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [2.0, 0.0]])
+    halted, steps = torch.tensor([True, False, True, True]), torch.tensor([3, 5, 7, 9])
+    carry = make_model(cfg).initial_carry(batch)._replace(labels=batch.labels, halted=halted, steps=steps)
+    loss, sums = act_loss(cfg, carry, logits, q)
+    found = {name: round(value.item(), 4) for name, value in sums.items()}
+    lm_loss = score_rows(cfg, logits, batch.labels).loss.sum().item()
+    q_halt_loss = 0
+    for q_halt, exact in zip(q[:, 0].tolist(), [False, True, True, True]):  # without labels nothing is wrong
+        q_halt_loss += math.log1p(math.exp(-q_halt if exact else q_halt))
+    # rows 0 and 2 count: row 1 has not halted, row 3 has no labels
+    expected = {"count": 2, "steps": 10, "exact_acc": 1, "cell_acc": 1 + 15 / 16, "q_halt_acc": 0}
+    expected |= {"lm_loss": round(lm_loss, 4), "q_halt_loss": round(q_halt_loss, 4)}
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert math.isclose(loss.item(), lm_loss + 0.5 * q_halt_loss, rel_tol=1e-6)
+    assert MEAN_OVER_ALL_ROWS >= {"lm_loss", "q_halt_loss"} and "steps" not in MEAN_OVER_ALL_ROWS
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimizers
+
+
+def test_adam_atan2_equals_a_float64_loop():
+    """The bias correction of the first moment is outside the atan2: inside, step 1 would be pi / 4 * lr."""
+    rng = np.random.RandomState(0)
+    lr, decay, beta1, beta2 = 0.01, 0.1, 0.9, 0.95
+    expected, m, v = rng.randn(7), np.zeros(7), np.zeros(7)
+    weights = torch.tensor(expected, dtype=torch.float32)
+    adam = train.AdamATan2(weights, beta1, beta2, decay)
+    for t in range(1, 6):
+        grad = rng.randn(7)
+        adam.step(weights, torch.tensor(grad, dtype=torch.float32), lr, t)
+        m += (1 - beta1) * (grad - m)
+        v += (1 - beta2) * (grad**2 - v)
+        step = np.arctan2(m, np.sqrt(v / (1 - beta2**t))) / (1 - beta1**t)
+        expected = expected * (1 - lr * decay) - lr * step
+        check_difference(f"weights after step {t}", np.abs(weights.numpy() - expected).max(), 1e-6)
+        assert t > 1 or np.allclose(np.abs(step), math.atan(1 - beta1) / (1 - beta1), atol=1e-4), step
+
+
+def test_learning_rates_warm_up_and_follow_a_cosine():
+    assert [train.schedule(t, 100, 4, 1.0) for t in (1, 2, 4, 100)] == [0.25, 0.5, 1.0, 1.0]
+    assert [train.schedule(t, 100, 4, 0.2) for t in (52, 100)] == pytest.approx([0.6, 0.2])
+
+
+def test_a_tiny_model_learns_eight_puzzles():
+    cfg = tiny(**MLP)
+    args = settings("--global-batch-size", "8", "--lr", "2e-3", "--weight-decay", "0", "--ema", "0.9")
     run = train.Run(args, cfg, ALONE)
     batch = random_batch(cfg, 8)
-    for step in range(300):
-        train.backward(run, [batch])
+    for step in range(1, 301):
+        train.forward_backward(run, batch)
         train.update(run, 1.0)
-        if step % 20 == 19:
-            model = run.model.eval()
+        if step % 20 == 0:
+            carry = run.model.initial_carry(batch)
             with torch.no_grad():
-                carry = model.empty_carry(batch)
                 for _ in range(4):
-                    carry, logits, _ = model.step(carry, batch)
-            model.train()
-            right = (logits.argmax(-1) == batch.labels).all(-1).float().mean().item()
-            if right == 1:
+                    carry, logits, _ = run.model.step(carry._replace(halted=carry.steps < 1), batch)
+            exact = score_rows(cfg, logits, batch.labels).exact
+            if exact.all():
                 return
-    raise AssertionError(f"after 300 steps {right:.2f} of 8 puzzles are right")
+    raise AssertionError(f"after 300 steps {int(exact.sum())} of 8 puzzles are solved")
 
 
 # ---------------------------------------------------------------------------------------------
 # Config
 
-@pytest.mark.parametrize("change, message", [
-    (dict(score_mod="sudoku", seq_len=10),
-     "--score-mod sudoku needs --mixer attn and boards of 4x4, 6x6 or 9x9"),
-    (dict(score_mod="sudoku", seq_len=25), "this is attn with 25 cells"),   # a square, but it has no boxes
-    (dict(score_mod="sudoku", mixer="mlp", pos_encodings="none"), "this is mlp with 16 cells: leave it out"),
-    (dict(num_heads=3), "--hidden-size 32 does not give 3 heads of even width; use a multiple of 6"),
-    (dict(num_heads=32), "--hidden-size 32 does not give 32 heads of even width; use a multiple of 64"),
-    (dict(puzzle_emb_ndim=65),
-     "--puzzle-emb-ndim 65 is wider than --puzzle-emb-len 2 x --hidden-size 32; lower it to 64"),
-    (dict(puzzle_emb_len=0),
-     "--puzzle-emb-ndim 32 is wider than --puzzle-emb-len 0 x --hidden-size 32; lower it to 0"),
-], ids=str)
-def test_settings_that_contradict_each_other_are_refused(change, message):
-    with pytest.raises(UserError) as e:
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(num_heads=3), "--hidden-size 32 is not a multiple of 2 x --num-heads 3"),
+        (dict(num_heads=32), "--hidden-size 32 is not a multiple of 2 x --num-heads 32"),
+        (dict(puzzle_emb_ndim=65), "--puzzle-emb-ndim 65 exceeds the prefix of 64 numbers"),
+        (dict(puzzle_emb_len=0), "--puzzle-emb-ndim 32 exceeds the prefix of 0 numbers"),
+        (dict(score_mod="grid", seq_len=10), "--score-mod grid needs --mixer attn and square grids"),
+        (dict(score_mod="grid", **MLP), "--score-mod grid needs --mixer attn and square grids"),
+    ],
+)
+def test_contradictory_settings_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
         tiny(**change)
-    assert message in str(e.value) and "\n" not in str(e.value), e.value
-
-
-def test_what_a_mixer_does_not_use_is_not_checked():
-    assert tiny(mixer="mlp", pos_encodings="none", num_heads=3).num_heads == 3
+    with pytest.raises(UserError, match=message):
+        config_from_dict(asdict(tiny()), **change)
+    assert tiny(num_heads=3, **MLP).num_heads == 3  # unused with this mixer
     assert tiny(puzzle_emb_ndim=64).puzzle_emb_ndim == 64
 
 
-def test_a_config_of_older_and_of_other_code():
-    """What an older checkpoint did not know has its default; what this code does not know is named."""
+def test_a_config_is_read_from_a_dict():
+    """Also of a checkpoint that lacks newer settings, and with q_continue of earlier versions."""
     cfg = tiny(loss="softmax", halt_max_steps=4)
     saved = asdict(cfg)
-    assert read_config(saved) == cfg
-    assert read_config(saved, L_cycles=5) == tiny(loss="softmax", halt_max_steps=4, L_cycles=5)
-    older = {name: value for name, value in saved.items() if name not in ("loss", "halt_tolerance", "dtype")}
-    assert read_config(older) == tiny(halt_max_steps=4, dtype="bfloat16")
+    assert config_from_dict(saved) == cfg
+    assert config_from_dict({**saved, "q_continue": False}) == cfg
+    assert config_from_dict(saved, L_cycles=5) == tiny(loss="softmax", halt_max_steps=4, L_cycles=5)
+    assert config_from_dict({**saved, "expansion": 4}) == cfg  # a float may be a whole number
+    del saved["loss"], saved["dtype"]
+    assert config_from_dict(saved) == tiny(halt_max_steps=4, dtype="bfloat16")
+
+
+WRONG_VALUES = [("H_cycles", 1.0), ("num_heads", 1.0), ("halt_max_steps", -3), ("H_cycles", 0)]
+WRONG_VALUES += [("L_cycles", True), ("vocab_size", "6"), ("seq_len", None), ("num_puzzles", -1)]
+WRONG_VALUES += [("expansion", True), ("expansion", "4"), ("expansion", math.nan), ("expansion", 0)]
+WRONG_VALUES += [("mixer", "attention"), ("dtype", ["float32"]), ("score_mod", "sudoku"), ("loss", None)]
+WRONG_VALUES += [("twist", 2), ("q_continue", True)]
+
+
+@pytest.mark.parametrize("name, value", WRONG_VALUES)
+def test_wrong_values_in_a_dict_are_refused(name, value):
     with pytest.raises(UserError) as e:
-        read_config({**saved, "twist": 2, "depth": 3})
-    assert str(e.value).startswith("the checkpoint has depth, twist, which this model.py does not know")
-    with pytest.raises(UserError, match="--hidden-size 32 does not give 3 heads"):
-        read_config(saved, num_heads=3)
+        config_from_dict({**asdict(tiny()), name: value}, "w.json")
+    unknown = f"w.json has the unknown setting {name}"
+    assert str(e.value).startswith((f"w.json: {name} is {value!r}, but must be", unknown)), e.value
 
 
-def test_weights_that_do_not_fit_are_named_in_one_line():
+def test_weights_that_do_not_fit_are_refused():
     cfg = tiny()
-    state = make(cfg).state_dict()
+    state = make_model(cfg).state_dict()
+    model = build_model(cfg, state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model.cos, make_model(cfg).cos) and all(p.requires_grad for p in model.parameters())
     wrong = {**state, "surplus": torch.zeros(1), "q_bias": torch.zeros(3)}
     del wrong["lm_head"]
-    with pytest.raises(UserError) as e:
-        build(cfg, wrong)
-    assert [name for name in ("lm_head", "surplus", "q_bias", "\n") if name not in str(e.value)] == ["\n"]
-    again = build(cfg, state)
-    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
-    assert torch.equal(again.cos, make(cfg).cos) and all(p.requires_grad for p in again.parameters())
+    with pytest.raises(UserError, match="do not fit the configuration.*lm_head.*surplus.*q_bias"):
+        build_model(cfg, wrong)
 
 
 # ---------------------------------------------------------------------------------------------
-# Scores by name
-
-def test_row_scores_equal_a_naive_loop():
-    """Tokens and numbers, with cells and whole rows that nobody asks for; a row without any has n 0."""
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 16, 6, generator=g)
-    labels = torch.randint(0, 6, (5, 16), generator=g)
-    labels[0], labels[1, 3:9], labels[4] = logits[0].argmax(-1), IGNORE, IGNORE
-    found = row_scores(tiny(loss="softmax"), logits, labels)
-    for i in range(5):
-        cells = [j for j in range(16) if labels[i, j] != IGNORE]
-        right = [int(logits[i, j].argmax() == labels[i, j]) for j in cells]
-        losses = [-logits[i, j].softmax(-1)[labels[i, j]].log().item() for j in cells]
-        assert (found.n[i], found.right[i]) == (len(cells), all(right))
-        assert math.isclose(found.cell[i], sum(right) / max(1, len(cells)), abs_tol=1e-6)
-        assert math.isclose(found.loss[i], sum(losses) / max(1, len(cells)), abs_tol=1e-5)
-    assert found.right[0] and found.n.tolist() == [16, 10, 16, 16, 0]
-
-    cfg = tiny(vocab_size=0, input_dim=3, target_dim=2, halt_tolerance=0.5)
-    targets = torch.randn(4, 16, 2, generator=g)
-    noise = torch.tensor([0.1, 1.0, 0.1, 1.0])[:, None, None]
-    predictions = targets + noise * torch.randn(4, 16, 2, generator=g)
-    targets[1, 2:7], targets[2, 5, 1], targets[3] = math.nan, math.nan, math.nan
-    found = row_scores(cfg, predictions, targets)
-    for i in range(4):
-        cells = [j for j in range(16) if not targets[i, j].isnan().any()]
-        differences = [(predictions[i, j, d] - targets[i, j, d]).item() for j in cells for d in range(2)]
-        mse = sum(d * d for d in differences) / max(1, len(differences))
-        mae = sum(map(abs, differences)) / max(1, len(differences))
-        assert (found.n[i], found.right[i]) == (len(cells), mse < 0.5)
-        assert math.isclose(found.loss[i], mse, rel_tol=1e-5)
-        assert math.isclose(found.cell[i], mae, rel_tol=1e-5)
-    assert found.right.tolist() == [True, False, True, True] and found.n.tolist() == [16, 11, 15, 0]
+# FLOPs
 
 
-def test_sums_count_halted_rows_with_labels_and_losses_all_rows():
-    cfg = tiny()
-    batch = random_batch(cfg, 4)
-    batch.labels[3] = IGNORE
-    carry = make(cfg).empty_carry(batch)._replace(
-        labels=batch.labels, halted=torch.tensor([True, False, True, True]),
-        steps=torch.tensor([3, 5, 7, 9], dtype=torch.int32))
-    logits = torch.nn.functional.one_hot(batch.labels.clamp(min=0).long(), 6).float() * 9
-    logits[0, 0] = logits[0, 0].roll(1)
-    q = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [2.0, 0.0]])
-    rows = row_scores(cfg, logits, batch.labels)
-    sums = {name: value.item() for name, value in act_loss(cfg, carry, logits, q)[1].items()}
-    assert OVER_ALL_ROWS >= {"lm_loss", "q_halt_loss", "q_continue_loss"}
-    # rows 0 and 2 count: 1 has not halted, 3 has no labels
-    assert sums["count"] == 2 and sums["steps"] == 3 + 7 and sums["exact_acc"] == 1
-    assert math.isclose(sums["cell_acc"], 15 / 16 + 1) and sums["q_halt_acc"] == 0
-    assert math.isclose(sums["lm_loss"], rows.loss.sum().item(), rel_tol=1e-6)
-    right = [False, True, True, True]       # a row without labels has nothing wrong
-    wanted = sum(math.log1p(math.exp(-v if r else v)) for v, r in zip(q[:, 0].tolist(), right))
-    assert math.isclose(sums["q_halt_loss"], wanted, rel_tol=1e-6) and sums["q_continue_loss"] == 0
+def counted_flops(cfg):
+    """model.Flops from torch's own counter, on the meta device, where nothing is computed."""
+    batch = Batch(*(tensor.to("meta") for tensor in random_batch(cfg, 1)))
+    with torch.device("meta"):
+        model = TRM(cfg, None).train()
+        with FlopCounterMode(display=False) as forward:
+            _, logits, q = model.step(model.initial_carry(batch), batch)
+        with FlopCounterMode(display=False) as backward:
+            (logits.sum() + q.sum()).backward()
+        with FlopCounterMode(display=False) as embed, torch.no_grad():
+            model.embed(batch.inputs, model.puzzle_emb[batch.puzzle_ids])
+    forward = forward.get_total_flops()
+    return Flops(forward, forward + backward.get_total_flops(), embed.get_total_flops())
+
+
+@pytest.mark.parametrize("change", [{}, MLP, dict(seq_len=900, L_cycles=4), REGRESSION], ids=str)
+def test_flops_formula_equals_the_count_of_torch(change):
+    for more in ({}, dict(L_cycles=1, H_cycles=1, num_layers=3, expansion=2.5, width_multiple=8)):
+        cfg = Config(num_puzzles=5, **change | more)
+        assert flops(cfg) == counted_flops(cfg), cfg

@@ -1,46 +1,71 @@
 """Agreement with the published code: the figures in tests/golden/model_*.npz were made by running it."""
+
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-
-import train
-from common import UserError
-from gpu_check import GOLDEN as NAMES
-from gpu_check import golden as load
-from gpu_check import golden_batch as batch_of
-from gpu_check import golden_model as model_of
-from gpu_check import golden_settings as overrides
-from hub import PREFIX, from_published, published_names, to_published
-from model import act_loss, build
 from runs import ALONE
 
-OURS = {"accuracy": "cell_acc", "exact_accuracy": "exact_acc", "q_halt_accuracy": "q_halt_acc"}
+import train
+from model import Batch, act_loss, build_model
+from tools.common import UserError
+from tools.hub import PREFIX, from_published, published_names, to_published
+
+GOLDEN = ("mlp", "attention", "learned_positions")
+OUR_METRICS = {"accuracy": "cell_acc", "exact_accuracy": "exact_acc", "q_halt_accuracy": "q_halt_acc"}
 
 
-def golden_metrics(d, key, i=0):
-    """{our name: sum over the batch} at a step."""
-    values = np.atleast_2d(d[f"{key}/metrics"])[i]
-    return {OURS.get(str(n), str(n)): v for n, v in zip(d[f"{key}/metric_names"], values)}
+def golden(name):
+    """(figures, published settings, published state dict without prefix)"""
+    figures = np.load(Path(__file__).parent / "golden" / f"model_{name}.npz")
+    config = json.loads(str(figures["config"]))
+    rng, state = np.random.RandomState(config["weight_seed"]), {}
+    for entry in figures["keys"]:
+        key, shape = str(entry).split(" ", 1)
+        shape = [int(n) for n in shape.strip("()").split(",") if n.strip()]
+        scale = 1.0 if key in ("H_init", "L_init") else config["weight_scale"]
+        state[key] = torch.from_numpy((rng.standard_normal(shape) * scale).astype(np.float32))
+    return figures, config, state
 
 
-def report(what, measured, limit):
-    print(f"{what}: largest difference {measured:.2e}, limit {limit:.0e}")
-    assert measured <= limit, f"{what}: difference {measured:.3e} is over {limit:.0e}"
+def golden_settings(config, dtype="float32"):
+    """The fields of Config that shapes do not tell."""
+    names = ("seq_len", "puzzle_emb_len", "num_heads", "H_cycles", "L_cycles")
+    return {**{name: config[name] for name in names}, "dtype": dtype}
 
 
-def compare_metrics(what, sums, wanted, limit):
-    """By name; all that the published code measures, and q_continue_loss, which is 0."""
-    assert sums.keys() == wanted.keys() | {"q_continue_loss"} and sums["q_continue_loss"] == 0
-    for name, value in wanted.items():
+def golden_model(config, state, dtype="float32"):
+    prefixed = {f"_orig_mod.{PREFIX}{key}": tensor.clone() for key, tensor in state.items()}
+    return build_model(*from_published(prefixed, golden_settings(config, dtype)))
+
+
+def golden_batch(figures, i):
+    arrays = [figures[f"batch{i}/{name}"] for name in ("inputs", "labels", "puzzle_identifiers")]
+    tensors = [torch.from_numpy(array.astype(np.int32)) for array in arrays]
+    return Batch(*tensors, min_halt_steps=torch.zeros(len(tensors[0]), dtype=torch.int32))
+
+
+def report(what, difference, limit):
+    print(f"{what}: largest difference {difference:.2e}, limit {limit:.0e}")
+    assert difference <= limit, f"{what}: difference {difference:.3e} is over {limit:.0e}"
+
+
+def compare_metrics(what, sums, figures, key, i, limit):
+    """All sums over the batch that the published code measures, at step i; limit: per unit above 1."""
+    names = [OUR_METRICS.get(str(name), str(name)) for name in figures[f"{key}/metric_names"]]
+    expected = dict(zip(names, np.atleast_2d(figures[f"{key}/metrics"])[i]))
+    assert sums.keys() == expected.keys()
+    for name, value in expected.items():
         report(f"{what} {name}", abs(sums[name].item() - value), limit)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_evaluation_agrees_over_16_steps(name):
-    d, c, state = load(name)
-    model = model_of(c, state).eval()
-    batch = batch_of(d, 0)
-    carry, losses, q_halt = model.empty_carry(batch), [], []
+    figures, config, state = golden(name)
+    model, batch = golden_model(config, state).eval(), golden_batch(figures, 0)
+    carry, losses, q_halt = model.initial_carry(batch), [], []
     with torch.no_grad():
         for step in range(1, 17):
             carry, logits, q = model.step(carry, batch)
@@ -48,79 +73,80 @@ def test_evaluation_agrees_over_16_steps(name):
             losses.append(loss.item())
             q_halt.append(q[:, 0].numpy())
             if step in (1, 2, 16):
-                worst = np.abs(logits.numpy() - d[f"eval/logits_step{step}"]).max()
-                report(f"{name} logits at step {step}", worst, 1e-3 if step == 16 else 1e-4)
-    report(f"{name} q_halt", np.abs(np.array(q_halt) - d["eval/q_halt"]).max(), 1e-3)
-    report(f"{name} loss", np.abs(np.array(losses) / d["eval/loss"] - 1).max(), 1e-4)
-    compare_metrics(name, sums, golden_metrics(d, "eval"), 1e-3)
+                difference = np.abs(logits.numpy() - figures[f"eval/logits_step{step}"]).max()
+                report(f"{name} logits at step {step}", difference, 1e-3 if step == 16 else 1e-4)
+    report(f"{name} q_halt", np.abs(np.array(q_halt) - figures["eval/q_halt"]).max(), 1e-3)
+    report(f"{name} loss", np.abs(np.array(losses) / figures["eval/loss"] - 1).max(), 1e-4)
+    compare_metrics(name, sums, figures, "eval", 0, 1e-3)
     assert carry.halted.all() and (carry.steps == 16).all()
 
 
-def run_of(c, model):
-    """A train.Run with the golden settings around the golden weights."""
+def run_of(config, model):
+    """A train.Run with the golden settings and weights."""
     args = train.settings(["--preset", "sudoku"], ALONE)[0]
-    vars(args).update(global_batch_size=c["batch_size"], lr=c["lr"], puzzle_emb_lr=c["plr"],
-                      weight_decay=c["wd"], puzzle_emb_weight_decay=c["pwd"], halt_exploration_prob=0.0)
-    return train.Run(args, model.cfg, ALONE, {k: v.clone() for k, v in model.state_dict().items()})
+    args.global_batch_size, args.halt_exploration_prob = config["batch_size"], 0.0
+    args.lr, args.puzzle_emb_lr = config["lr"], config["plr"]
+    args.weight_decay, args.puzzle_emb_weight_decay = config["wd"], config["pwd"]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return train.Run(args, model.cfg, ALONE, state)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_three_training_steps_agree(name):
-    d, c, state = load(name)
-    run = run_of(c, model_of(c, state))
-    names = published_names(run.cfg)
-    params = dict(run.model.named_parameters())
+    figures, config, state = golden(name)
+    run = run_of(config, golden_model(config, state))
+    names, params = published_names(run.cfg), dict(run.model.named_parameters())
     for i in range(3):
-        run.sums = {}
-        train.backward(run, [batch_of(d, i)])
+        run.metric_sums = {}
+        train.forward_backward(run, golden_batch(figures, i))
         if i == 0:
             for key, p in params.items():
-                golden = float(d[f"grad_norm/{names[key]}"])
-                difference = abs(p.grad.norm().item() - golden) / max(golden, 1e-12)
+                expected = float(figures[f"grad_norm/{names[key]}"])
+                difference = abs(p.grad.norm().item() - expected) / max(expected, 1e-12)
                 report(f"{name} gradient of {key}", difference, 1e-4)
-        loss = (run.sums["lm_loss"] + 0.5 * run.sums["q_halt_loss"]).item()
-        report(f"{name} loss at step {i}", abs(loss / d["train/loss"][i] - 1), 1e-4)
-        wanted = golden_metrics(d, "train", i)
-        compare_metrics(f"{name} step {i}", run.sums, wanted, 1e-4 * max(1, *map(abs, wanted.values())))
-        assert (run.carries[0].halted.numpy() == d[f"train/halted{i}"]).all(), (i, run.carries[0].halted)
-        assert (run.carries[0].steps.numpy() == d[f"train/steps{i}"]).all(), (i, run.carries[0].steps)
+        loss = (run.metric_sums["lm_loss"] + 0.5 * run.metric_sums["q_halt_loss"]).item()
+        report(f"{name} loss at step {i}", abs(loss / figures["train/loss"][i] - 1), 1e-4)
+        largest = max(1, np.abs(np.atleast_2d(figures["train/metrics"])[i]).max())
+        compare_metrics(f"{name} step {i}", run.metric_sums, figures, "train", i, 1e-4 * largest)
+        (carry,) = run.carries.values()
+        assert (carry.halted.numpy() == figures[f"train/halted{i}"]).all(), (i, carry.halted)
+        assert (carry.steps.numpy() == figures[f"train/steps{i}"]).all(), (i, carry.steps)
         train.update(run, 1.0)
     after = run.model.state_dict()
-    for key, theirs in names.items():
-        got, wanted = after[key].flatten()[:8].numpy(), d[f"after/{theirs}"]
-        close = np.abs(got - wanted) <= 1e-5
-        # of a gradient near 0 the sign may differ, and with it the whole step of one element
-        allowed = 2 * (c["plr"] if key == "puzzle_emb" else c["lr"])
-        one_step = np.abs(got - wanted)[~close].max(initial=0) <= allowed and (~close).sum() <= 1
-        assert close.mean() >= 0.99 or one_step, (key, got, wanted)
-    for key, view in run.flat.views(run.ema).items():
-        got, wanted = view.flatten()[:8].numpy(), d[f"ema/{names[key]}"]
-        report(f"{name} EMA of {key}", np.abs(got - wanted).max(), 1e-5)
+    for key, published in names.items():
+        got, expected = after[key].flatten()[:8].numpy(), figures[f"after/{published}"]
+        close = np.abs(got - expected) <= 1e-5
+        # the sign of a gradient near 0 may differ, and with it the whole step of one element
+        one_step = 2 * (config["plr"] if key == "puzzle_emb" else config["lr"])
+        largest = np.abs(got - expected)[~close].max(initial=0)
+        one_off = largest <= one_step and (~close).sum() <= 1
+        assert close.mean() >= 0.99 or one_off, (key, got, expected)
+    for key, view in run.views(run.ema).items():
+        difference = np.abs(view.flatten()[:8].numpy() - figures[f"ema/{names[key]}"]).max()
+        report(f"{name} EMA of {key}", difference, 1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_published_format_round_trip(name):
-    d, c, state = load(name)
-    model = model_of(c, state)
+    figures, config, state = golden(name)
+    model, batch = golden_model(config, state), golden_batch(figures, 0)
     exported = to_published(model.cfg, model.state_dict())
-    assert {k.removeprefix("_orig_mod." + PREFIX) for k in exported} == state.keys()
-    assert all(torch.equal(exported[f"_orig_mod.{PREFIX}{k}"], v) for k, v in state.items())
-    plain = {k.removeprefix("_orig_mod."): v for k, v in exported.items()}
-    again, batch = build(*from_published(plain, overrides(c))), batch_of(d, 0)
-    with torch.no_grad():
-        logits = [m.eval().step(m.empty_carry(batch), batch)[1] for m in (model, again)]
+    plain = {key.removeprefix(f"_orig_mod.{PREFIX}"): tensor for key, tensor in exported.items()}
+    assert plain.keys() == state.keys() and all(torch.equal(plain[k], v) for k, v in state.items())
+    again, logits = build_model(*from_published(exported, golden_settings(config))), []
+    for m in (model.eval(), again.eval()):
+        with torch.no_grad():
+            logits.append(m.step(m.initial_carry(batch), batch)[1])
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("change, named", [
-    (lambda s: s.pop("lm_head.weight"), "lm_head.weight"),
-    (lambda s: s.update({"surplus.weight": torch.zeros(1)}), "surplus.weight"),
-    (lambda s: s.update({"q_head.bias": torch.zeros(3)}), "q_bias"),
-    (lambda s: s.pop("embed_tokens.embedding_weight"), "embed_tokens.embedding_weight")])
-def test_wrong_keys_are_named(change, named):
-    _, c, state = load("attention")
-    change(state)
-    with pytest.raises(UserError, match=named):
-        model_of(c, state)
-    with pytest.raises(UserError, match="nonsense"):
-        from_published({"nonsense": torch.zeros(1)}, overrides(c))
+@pytest.mark.parametrize("key", ["lm_head.weight", "embed_tokens.embedding_weight"])
+def test_missing_and_unknown_keys_are_named(key):
+    _, config, state = golden("attention")
+    tensor = state.pop(key)
+    with pytest.raises(UserError, match=f"lacks: '{key}'"):
+        golden_model(config, state)
+    with pytest.raises(UserError, match="unknown tensors: surplus"):
+        golden_model(config, {**state, key: tensor, "surplus": tensor})
+    with pytest.raises(UserError, match="q_bias"):
+        golden_model(config, {**state, key: tensor, "q_head.bias": torch.zeros(3)})

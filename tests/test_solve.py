@@ -1,26 +1,26 @@
-"""solve.py: reading puzzles, the rules, the terminal, pictures, test-time training on an ARC task."""
-import io
+"""tools/solve.py: how puzzles may be written, the rules, the terminal, pictures."""
+
 import json
-import re
 import sys
 from dataclasses import replace
+from textwrap import indent
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from runs import TINY, Oracle, boards, model_of, png_size, save_run
 
 import eval as scoring
-import solve
-import vote
-from common import UserError
-from data import Split, write_dataset
-from prepare import arc, maze
-from runs import ARC_CFG, TINY, Oracle, arc_dir, arc_model, boards, model_of, png_size, save_run
+import prepare
+from data import Split
+from prepare import maze
+from tools import solve
+from tools.common import UserError
 
-SIDE = 6
-MAZE_CFG = replace(TINY, vocab_size=6, seq_len=SIDE ** 2, halt_max_steps=3)
+SIZE = 6
 QUESTION, ANSWER = (b[0] for b in boards(1, seed=3))
+MAZE = "######\n# S  #\n# ## #\n#  # #\n# #G #\n######\n"
+CORRIDOR = "  S\n ####\nG\n" + "######\n" * 3
 
 
 def text_of(board):
@@ -28,54 +28,33 @@ def text_of(board):
 
 
 TEXT = text_of(QUESTION)
-ROWS = [TEXT[i:i + 4] for i in range(0, 16, 4)]
+ROWS = [TEXT[i : i + 4] for i in range(0, 16, 4)]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on 4x4 boards whose dataset is gone: solving needs none."""
+    """A run on 4x4 Sudokus whose test data are gone: a given puzzle needs no dataset."""
     folder = tmp_path_factory.mktemp("solve")
-    write_dataset(folder / "d", {"train": boards(4), "test": boards(4)}, 6, {"builder": "sudoku"})
+    prepare.write_dataset(folder / "d", {"train": boards(4), "test": boards(4)}, 6, {"builder": "sudoku"})
     return save_run(folder / "run", Split(folder / "d", "test"), model_of(), data_test=["gone"])
-
-
-@pytest.fixture(scope="module")
-def maze_run(tmp_path_factory):
-    """A run on 6x6 mazes, and one of them."""
-    folder = tmp_path_factory.mktemp("maze")
-    question, answer = maze.make_maze(np.random.RandomState(0), SIDE, 3)[:2]
-    pair = question[None], answer[None]
-    write_dataset(folder / "d", {"train": pair, "test": pair}, 6, {"builder": "maze"})
-    return save_run(folder / "run", Split(folder / "d", "test"), model_of(MAZE_CFG)), question, answer
-
-
-@pytest.fixture(scope="module")
-def arc_split(tmp_path_factory):
-    return Split(arc_dir(tmp_path_factory.mktemp("arc")), "test")
-
-
-@pytest.fixture(scope="module")
-def arc_run(tmp_path_factory, arc_split):
-    return save_run(tmp_path_factory.mktemp("arc") / "run", arc_split, arc_model(arc_split))
 
 
 @pytest.fixture
 def oracle(monkeypatch):
-    monkeypatch.setattr(scoring, "build", lambda cfg, state: Oracle(cfg))
+    monkeypatch.setattr(scoring, "build_model", lambda cfg, state: Oracle(cfg))
 
 
 def go(run, puzzle, *flags, code=0, capsys=None):
-    """What solve.py prints; puzzle: None for none."""
-    argv = ["--checkpoint", str(run), "--device", "cpu", *map(str, flags)]
-    found = solve.main([*argv, *([] if puzzle is None else [str(puzzle)])])
+    """What tools.solve prints."""
+    puzzles = [] if puzzle is None else [str(puzzle)]
+    found = solve.main(["--checkpoint", str(run), "--device", "cpu", *map(str, flags), *puzzles])
     printed = capsys.readouterr().out
     assert found == code, printed
-    assert max(map(len, printed.splitlines())) <= 80, printed
     return printed
 
 
 def refused(run, puzzle, *flags):
-    """The line that solve.py refuses with."""
+    """The line that tools.solve refuses with."""
     with pytest.raises(UserError) as error:
         solve.main(["--checkpoint", str(run), "--device", "cpu", *flags, str(puzzle)])
     assert "\n" not in str(error.value)
@@ -88,251 +67,140 @@ def test_sudoku_is_solved_and_checked_by_the_rules(run, oracle, capsys, tmp_path
     for title, shown, board in (("question", question, QUESTION), ("answer", answer, ANSWER)):
         assert shown.splitlines()[0] == title
         assert "".join(c for c in shown if c.isdigit() or c == ".") == text_of(board), printed
-    assert verdict.startswith("RIGHT: the answer is a legal Sudoku that keeps the givens\n"), printed
-    needs = Oracle.needs(None, QUESTION)
-    assert f"steps 4, q_halt +3.00; the answer last changed at step {needs}\n" in verdict
-    assert "\033" not in printed and needs > 1, "else this test shows little"
+    assert verdict.splitlines() == [
+        "solved: a complete Sudoku that keeps the givens",
+        "4 supervision steps, q_halt +3.00",
+        f"wrote {tmp_path / 'a.png'}",
+        f"wrote {tmp_path / 'a.gif'}",
+    ]
     with Image.open(tmp_path / "a.gif") as gif:
         assert png_size(tmp_path / "a.png")[0] == 1200 and (gif.n_frames, gif.size[0]) == (4, 800)
-    assert "steps 5, " in go(run, TEXT, "--steps", "5", capsys=capsys)
+    assert "5 supervision steps, " in go(run, TEXT, "--steps", "5", capsys=capsys)
 
 
-def test_file_and_stdin(run, capsys, tmp_path, monkeypatch):
-    """Solved wrongly: that is told without a label."""
+def test_a_wrong_answer_has_exit_code_1(run, capsys, tmp_path):
     (tmp_path / "board.txt").write_text("\n".join(" ".join(row) for row in ROWS) + "\n")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(ROWS)))
-    for source in (tmp_path / "board.txt", "-"):
-        assert "WRONG: the answer is not a legal Sudoku" in go(run, source, code=1, capsys=capsys)
+    printed = go(run, tmp_path / "board.txt", "--png", tmp_path / "a.png", code=1, capsys=capsys)
+    assert "not solved: the answer is not a complete Sudoku" in printed and (tmp_path / "a.png").exists()
 
 
-WRITTEN = {
-    "zeros": TEXT.replace(".", "0"), "stars": TEXT.replace(".", "*"), "questions": TEXT.replace(".", "?"),
-    "underscores": TEXT.replace(".", "_"), "x": TEXT.replace(".", "x"), "X": TEXT.replace(".", "X"),
-    "rows": "\n".join(ROWS) + "\n", "crlf": "\r\n".join(ROWS) + "\r\n", "bom": "\ufeff" + TEXT + "\r\n",
-    "commas": ",".join(TEXT.replace(".", "0")), "semicolons": ";".join(TEXT),
-    "tabs": "\n".join("\t".join(r) for r in ROWS),
+def test_without_a_puzzle_it_is_the_first_of_the_test_split(run, oracle, capsys):
+    first = Split(run.parent / "d", "test").gather(np.zeros(1, int))[0][0]
+    printed = go(run, None, "--data", run.parent / "d", capsys=capsys)
+    assert printed == go(run, text_of(first), capsys=capsys)
+
+
+# ---------------------------------------------------------------------------------------------
+# How puzzles may be written
+
+SUDOKUS = {
+    **{f"blanks {blank}": TEXT.replace(".", blank) for blank in "0*?_xX-"},
+    "spaces": "\n".join(row.replace(".", " ").rstrip() for row in ROWS),
+    "rows": "\r\n".join(ROWS) + "\r\n",
+    "byte order mark": "\ufeff" + TEXT,
+    "commas": ",".join(TEXT.replace(".", "0")),
+    "tabs": "\n".join("\t".join(row) for row in ROWS),
     "json": json.dumps([[int(c) for c in row.replace(".", "0")] for row in ROWS]),
-    "numpy": str(np.array([list(map(int, row.replace(".", "0"))) for row in ROWS])),
-    "drawn": "+--+--+\n" + "\n".join(f"| {r[0]} {r[1]} | {r[2]} {r[3]} |" for r in ROWS) + "\n+--+--+",
-    "dashes": TEXT.replace(".", "-"), "spaces": "\n".join(row.replace(".", " ").rstrip() for row in ROWS),
+    "borders": "+--+--+\n" + "\n".join(f"| {r[:2]} | {r[2:]} |" for r in ROWS) + "\n+--+--+",
+    "stars in borders": "*-----*\n" + "\n".join(f"|{r[:2]}|{r[2:]}|" for r in ROWS) + "\n*-----*",
+    "box-drawing signs": "┌──┬──┐\n" + "\n".join(f"│{r[:2]}│{r[2:]}│" for r in ROWS) + "\n└──┴──┘",
+    "comments": "# puzzle 1 of 20\n[Puzzle 4x4]\n" + "\n".join(ROWS),
+    "one per line": "# 3 boards\n" + f"{TEXT}\n" * 3,
 }
 
 
-@pytest.mark.parametrize("how", WRITTEN)
+@pytest.mark.parametrize("how", SUDOKUS)
 def test_a_sudoku_may_be_written_in_many_ways(how, tmp_path):
-    text = WRITTEN[how]
-    assert np.array_equal(solve.read_sudoku(solve.read_text(text), 4), QUESTION)
+    (tmp_path / "file").write_bytes(SUDOKUS[how].encode())
+    assert np.array_equal(solve.read_puzzle(str(tmp_path / "file"), "sudoku", 4), QUESTION)
+    if "\ufeff" not in SUDOKUS[how]:
+        assert np.array_equal(solve.read_puzzle(SUDOKUS[how], "sudoku", 4), QUESTION)
+
+
+def tokens_of_maze(text):
+    return ["?# SG".index(c) for line in text.splitlines() for c in line.ljust(SIZE)]
+
+
+MAZES = {
+    "rows": (MAZE, MAZE),
+    "dots": (MAZE.replace(" ", "."), MAZE),
+    "lower case": (MAZE.replace("S", "s").replace("G", "g"), MAZE),
+    "E": (MAZE.replace("G", "E"), MAZE),
+    "X, CRLF": (MAZE.replace("G", "X").replace("\n", "\r\n"), MAZE),
+    "one line": (MAZE.replace("\n", ""), MAZE),
+    "indented": ("\n" + indent(MAZE, "    "), MAZE),
+    "a title": ("maze 7\n" + MAZE, MAZE),
+    "no border": (CORRIDOR, CORRIDOR),
+    "dots, no border, indented": (indent(CORRIDOR.replace(" ", "."), "\t"), CORRIDOR),
+}
+
+
+@pytest.mark.parametrize("how", MAZES)
+def test_a_maze_may_be_written_in_many_ways(how, tmp_path):
+    text, expected = MAZES[how]
     (tmp_path / "file").write_bytes(text.encode())
-    assert np.array_equal(solve.read_sudoku(solve.read_text(str(tmp_path / "file")), 4), QUESTION)
+    for puzzle in (text, str(tmp_path / "file")):
+        assert solve.read_puzzle(puzzle, "maze", SIZE).tolist() == tokens_of_maze(expected)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("123", "3 cells in the puzzle; this checkpoint solves sudokus of 4 x 4 cells, of '.1234'; see --help"),
-    ("5" * 16, "character '5' in the puzzle"), (TEXT + "1", "17 cells"), ("", "0 cells in"),
-    ("\n", "0 cells in the puzzle"), ("aa", "aa: file not found"), ("c:\\puzzle", "file not found"),
-    ("nowhere/board.txt", "nowhere/board.txt: file not found; name a file, text, or -"),
-    ("board.txt", "board.txt: file not found"), ("board", "board: file not found")])
-def test_bad_puzzles_are_one_line(run, text, message):
-    assert message in refused(run, text)
+BAD_SUDOKUS = ["123", "5" * 16, TEXT + "1", "", "\n", "aa", "no/such/file.txt"]
+BAD_MAZES = [
+    "",
+    MAZE + "######\n",
+    MAZE.replace("S", " "),
+    MAZE.replace("S ", "SS"),
+    MAZE.replace("#", "%", 1),
+]
 
 
-def test_bad_files_are_one_line(run, tmp_path):
-    (tmp_path / "binary").write_bytes(b"\xff\xfe1\0")
-    assert "character '\ufffd' in the puzzle" in refused(run, tmp_path / "binary")
-    with pytest.raises(IsADirectoryError):      # one line, by common.cli
-        solve.read_text(str(tmp_path))
+def test_a_bad_puzzle_is_one_line_that_names_the_format():
+    for task, size, texts in (("sudoku", 4, BAD_SUDOKUS), ("maze", SIZE, BAD_MAZES)):
+        for text in texts:
+            with pytest.raises(UserError) as error:
+                solve.read_puzzle(text, task, size)
+            assert f" is not a {size} x {size} {task}, nor a file with one; write " in str(error.value)
 
 
-def test_the_kind_comes_from_recipe_known_weights_or_flag(run, oracle, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    split = type("Nothing", (), {"identity": "", "recipe": [None], "dirs": []})
-    unknown = save_run(tmp_path / "unknown", split, model_of())
-    assert "unknown boards, 16 cells of 6 tokens; take another one, or say --task" in refused(unknown, TEXT)
-    assert "RIGHT" in go(unknown, TEXT, "--task", "sudoku", capsys=capsys)
-    assert "is for arc boards, 16 cells" in refused(unknown, TEXT, "--task", "arc")
-    assert "is for sudoku boards" in refused(run, TEXT, "--task", "maze")
-    file = unknown / "step_00000010.ckpt"
-    monkeypatch.setattr(scoring.hub, "fetch", lambda name, world: (file, {}, "sudoku"))
-    assert solve.main(["--hf", "someone/sudoku", "--device", "cpu", TEXT]) == 0
-    assert "RIGHT" in capsys.readouterr().out
+# ---------------------------------------------------------------------------------------------
+# The task
 
 
-def test_other_tasks_are_refused(tmp_path):
-    numbers = np.zeros((9, 16, 1), np.float32)
-    arrays = numbers, numbers, np.ones((9, 16), bool)
-    write_dataset(tmp_path / "numbers", {"train": arrays, "test": arrays})
-    cfg = replace(TINY, vocab_size=0, input_dim=1, target_dim=1)
-    run = save_run(tmp_path / "run", Split(tmp_path / "numbers", "test"), model_of(cfg))
-    assert "the checkpoint is for numbers boards" in refused(run, "123")
+def test_mazes(tmp_path, capsys, monkeypatch):
+    question = np.array(tokens_of_maze(MAZE))
+    answer = maze.label_path(question, SIZE)
+    pair = question[None].astype(np.uint8), answer[None].astype(np.uint8)
+    prepare.write_dataset(tmp_path / "d", {"train": pair, "test": pair}, 6, {"builder": "maze"})
+    cfg = replace(TINY, seq_len=SIZE**2, halt_max_steps=3)
+    run = save_run(tmp_path / "run", Split(tmp_path / "d", "test"), model_of(cfg))
+    printed = go(run, MAZE, code=1, capsys=capsys)
+    assert "not solved: the answer is not a shortest path from S to G" in printed
+    found = np.stack([question, answer, answer])[:, None], np.zeros((3, 1))
+    monkeypatch.setattr(solve, "trajectory", lambda *args: found)
+    printed = go(run, MAZE, "--png", tmp_path / "m.png", capsys=capsys)
+    assert "solved: a shortest path from S to G" in printed and png_size(tmp_path / "m.png")[0] == 1200
+    assert printed.splitlines()[1] == " ".join("#" * SIZE)
 
 
-@pytest.mark.parametrize("which, flags, message", [
-    ("sudoku", ["--adapt", "3"], "--adapt does nothing for sudoku puzzles"),
-    ("maze", ["--augment", "3"], "--augment does nothing for maze puzzles"),
-    ("sudoku", ["--steps", "0"], "--steps: 0 is out of range"),
-    ("arc", ["--adapt", "0"], "--adapt: 0 is out of range")])
-def test_flags_that_do_nothing_are_refused(run, maze_run, arc_run, which, flags, message):
-    assert message in refused({"sudoku": run, "maze": maze_run[0], "arc": arc_run}[which], TEXT, *flags)
+def test_published_weights_tell_their_task_by_the_number_of_tokens(run, tmp_path):
+    split = Split(run.parent / "d", "test")
+    published = save_run(tmp_path / "published", split, model_of(), recipe=None, data_test=[])
+    assert "is not a 4 x 4 maze" in refused(published, TEXT)
+    arc = save_run(tmp_path / "arc", split, model_of(), recipe=[{"builder": "arc"}], data_test=[])
+    save_run(tmp_path / "nine", split, model_of(replace(TINY, vocab_size=9)), recipe=None, data_test=[])
+    for folder in (arc, tmp_path / "nine"):
+        message = "step_00000010.ckpt is for neither Sudokus nor mazes; see eval.py --show"
+        assert message in refused(folder, TEXT)
 
 
-def test_terminal_is_coloured_only_on_a_terminal(monkeypatch, capsys):
-    def lines(kind, board):
-        solve.show("title", kind, board)
+def test_mazes_are_colored_on_a_terminal_only(monkeypatch, capsys):
+    def lines(task, board):
+        solve.show("title", task, board)
         title, *found, blank = capsys.readouterr().out.splitlines()
         assert (title, blank) == ("title", "")
         return found
-    maze_row, arc_row = np.arange(1, 6)[None], np.arange(10)[None]
-    digits = text_of(ANSWER)
+
+    maze_row, digits = np.arange(1, 6)[None], text_of(ANSWER)
     assert lines("sudoku", ANSWER.reshape(4, 4))[1:3] == ["{} {} | {} {}".format(*digits[4:8]), "----+-----"]
-    assert lines("maze", maze_row) == ["#   S G o"] and lines("arc", arc_row) == ["0 1 2 3 4 5 6 7 8 9"]
+    assert lines("maze", maze_row) == ["#   S G o"]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert len(set(re.findall("\033.*?m", lines("arc", arc_row)[0]))) == 11
     assert lines("maze", maze_row)[0].count("\033[48;5;") == 5
-
-
-# ---------------------------------------------------------------------------------------------
-# Mazes
-
-def maze_text(board, end="\n"):
-    return end.join("".join(" # SGo"[t] for t in row).rstrip() for row in board.reshape(SIDE, SIDE)) + end
-
-
-def test_maze_from_a_text_file(maze_run, tmp_path, capsys, monkeypatch):
-    run, question, answer = maze_run
-    (tmp_path / "maze.txt").write_text(maze_text(question))
-    printed = go(run, tmp_path / "maze.txt", code=1, capsys=capsys)
-    assert "WRONG: the answer is not a shortest path from S to G" in printed
-    found = np.stack([question, answer, answer])[:, None], np.zeros((3, 1))
-    monkeypatch.setattr(solve, "thoughts", lambda *args: found)
-    printed = go(run, tmp_path / "maze.txt", "--png", tmp_path / "m.png", capsys=capsys)
-    assert "RIGHT: the answer is a shortest path" in printed and "last changed at step 2" in printed
-    assert printed.splitlines()[1] == " ".join("#" * SIDE) and png_size(tmp_path / "m.png")[0] == 1200
-
-
-def test_a_maze_may_be_written_in_many_ways(maze_run):
-    question = maze_run[1]
-    plain, crlf = maze_text(question), "\r\n" + maze_text(question, "\r\n")
-    one_line = "".join(" # SG"[t] for t in question)
-    for text in (plain, crlf, "\ufeff" + plain, plain.replace(" ", "."), one_line):
-        assert np.array_equal(solve.read_maze(solve.read_text(text), SIDE), question), text
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda text: text.replace("S", " "), "the maze has 0 S and 1 G; give one of each"),
-    (lambda text: text.replace("#", "%", 1), "character '%' in the puzzle; this checkpoint solves mazes"),
-    (lambda text: text + "######\n", "42 cells in the puzzle")])
-def test_bad_mazes_are_one_line(maze_run, change, message):
-    run, question, _ = maze_run
-    assert message in refused(run, change(maze_text(question)))
-
-
-# ---------------------------------------------------------------------------------------------
-# ARC tasks
-
-TASK = {"train": [{"input": [[1, 0], [0, 0]], "output": [[0, 1], [0, 0]]},
-                  {"input": [[0, 2], [0, 0]], "output": [[2, 0], [0, 0]]},
-                  {"input": [[0, 0], [3, 0]], "output": [[0, 0], [0, 3]]}],
-        "test": [{"input": [[0, 0], [0, 4]], "output": [[0, 0], [4, 0]]},
-                 {"input": [[5, 0]], "output": None}, {"input": [[5, 0]]}]}
-
-
-def write_task(folder, task=TASK, name="flip"):
-    """As some editors write it."""
-    (folder / f"{name}.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(task).replace(", ", ",\r\n").encode())
-    return folder / f"{name}.json"
-
-
-def test_unknown_task_is_answered_from_the_mean_row(tmp_path, arc_run, capsys):
-    pictures = ["--gif", tmp_path / "t.gif", "--png", tmp_path / "t.png"]
-    printed = go(arc_run, write_task(tmp_path), "--augment", "2", *pictures, code=1, capsys=capsys)
-    assert "flip has no row in the checkpoint's table" in printed and "of 3 votes" in printed
-    assert "test input 2:" in printed and printed.count("WRONG") == 1, "nobody knows the other two"
-    assert png_size(tmp_path / "t.png")[0] == 1200 and (tmp_path / "t.gif").exists()
-
-
-def test_the_voted_answer_is_told_right(tmp_path, arc_run, capsys, monkeypatch):
-    """Predictions that are the target in every copy but one."""
-    flipped = {vote.grid_key(e["input"]): np.array(e.get("output") or [[7]], np.uint8) for e in TASK["test"]}
-
-    def thoughts(model, inputs, ids, steps):
-        examples = [tuple(np.array(e[k], np.uint8) for k in ("input", "output")) for e in TASK["train"]]
-        copies = arc.augmentations(examples, 2, np.random.RandomState(0))
-        given = [arc.undo(arc.decode(row), *aug) for row, aug in zip(inputs, copies)]
-        targets = [flipped[vote.grid_key(grid)] for grid in given]
-        right = np.stack([arc.encode(arc.augment(t, *aug)) for t, aug in zip(targets, copies)])
-        right[0] = 0
-        return np.stack([np.zeros_like(right), right]), np.array([[0, 0, 0], [9, 0, 0]])
-    monkeypatch.setattr(solve, "thoughts", thoughts)
-    printed = go(arc_run, write_task(tmp_path), "--augment", "2", capsys=capsys)
-    assert "RIGHT: steps 2, q_halt +0.00, 2 of 3 votes" in printed and printed.count("2 of 3 votes") == 3
-    assert "answer\n0 0\n4 0\n\ntarget\n0 0\n4 0\n" in printed and "answer\n7\n\nsteps" in printed
-
-
-def test_known_task_uses_its_rows(tmp_path, arc_split, arc_run, capsys, monkeypatch):
-    task = json.loads((arc_split.dirs[0] / "test_puzzles.json").read_text())["task1"]
-    asked, thoughts = [], solve.thoughts
-    monkeypatch.setattr(solve, "thoughts", lambda *args: asked.append(args[1:]) or thoughts(*args))
-    printed = go(arc_run, write_task(tmp_path, task, "task1"), "--augment", "2", code=1, capsys=capsys)
-    assert "mean row" not in printed
-    names = [arc_split.names[i] for i in asked[0][1]]
-    assert names[0] == "task1" and len(names) == 3 and all(n.split("|||")[0] == "task1" for n in names)
-    rows = [arc_split.gather(np.array([i])) for i in range(len(arc_split))]
-    of_dataset = [inputs[0] for inputs, _, ids in rows if ids[0] in asked[0][1]]
-    assert all(any(np.array_equal(row, known) for known in of_dataset) for row in asked[0][0])
-
-
-def test_adapting_trains_a_row(tmp_path, arc_split, capsys, monkeypatch):
-    cfg = replace(ARC_CFG, num_puzzles=arc_split.meta["num_puzzle_identifiers"], halt_max_steps=4)
-    run = save_run(tmp_path / "run", arc_split, model_of(cfg))
-    kept, adapt = [], solve.adapt
-    monkeypatch.setattr(solve, "ADAPT_ROWS", 4)
-    monkeypatch.setattr(solve, "adapt", lambda *args: kept.append(adapt(*args)) or kept[0])
-    go(run, write_task(tmp_path), "--adapt", "4", "--augment", "1", code=1, capsys=capsys)
-    (model,), before = kept, model_of(cfg)
-    before.puzzle_emb = before.puzzle_emb.mean(0).repeat(2, 1)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
-    assert model.puzzle_emb.shape == (2, 32) and not torch.equal(model.puzzle_emb[0], model.puzzle_emb[1])
-
-
-@pytest.mark.parametrize("text, message", [
-    ("[1]", "the task has null as train examples"),
-    ('{"train": [1], "test": []}', "the task has [1] as train examples"),
-    (json.dumps({**TASK, "test": []}), "the task has [] as test examples"), ("{nonsense", "no ARC task"),
-    (json.dumps(TASK) + "]", "as --help shows it: Extra data"), ("[" * 100_000, "no ARC task"),
-    ("missing.json", "missing.json: file not found"), ("", "no ARC task"),
-    (json.dumps({**TASK, "test": [{"input": [[11]]}]}), "input of test example 0 is [[11]], not a grid"),
-    (json.dumps({**TASK, "test": [{"input": [[1]], "output": [[1], []]}]}), "output of test example 0 is")])
-def test_bad_tasks_are_one_line(arc_run, text, message):
-    assert message in refused(arc_run, text)
-
-
-# ---------------------------------------------------------------------------------------------
-# Without a puzzle, and on canvases
-
-def test_without_a_puzzle_it_is_the_first_of_the_test_split(oracle, tmp_path, capsys):
-    write_dataset(tmp_path / "d", {"train": boards(4), "test": boards(4)}, 6, {"builder": "sudoku"})
-    run = save_run(tmp_path / "run", Split(tmp_path / "d", "test"), model_of())
-    first = Split(tmp_path / "d", "test").gather(np.zeros(1, int))[0][0]
-    capsys.readouterr()     # of the builder
-    assert go(run, None, capsys=capsys) == go(run, text_of(first), capsys=capsys)
-
-
-def test_a_task_is_solved_on_its_canvas(arc_split, tmp_path, monkeypatch, capsys):
-    """Grids of up to 4 cells and their end lines lie on 6 x 6, not on 30 x 30; training rows for it, too."""
-    run = save_run(tmp_path / "run", arc_split, arc_model(arc_split),
-                   settings={"preset": "mini-arc", "canvases": [6, 30]})
-    seen, think, gather = [], scoring.think, solve.windows
-    monkeypatch.setattr(scoring, "think",
-                        lambda model, x, *rest: seen.append(x.shape) or think(model, x, *rest))
-    monkeypatch.setattr(solve, "windows", lambda a, b, side, *place: seen.append((side, len(place)))
-                        or gather(a, b, side, *place))
-    argv = ["--checkpoint", str(run), "--device", "cpu", "--augment", "1", "--adapt", "1"]
-    solve.main(argv)
-    printed = capsys.readouterr().out
-    assert "answer" in printed and "target" in printed, printed
-    assert torch.Size([2, 36]) in seen and (6, 1) in seen, seen      # two copies; one step of training
-    large = {"input": np.ones((7, 7), int).tolist(), "output": [[1]]}
-    (tmp_path / "task.json").write_text(json.dumps({"train": [large], "test": [large]}))
-    save_run(tmp_path / "small", arc_split, arc_model(arc_split), settings={"preset": "x", "canvases": [6]})
-    with pytest.raises(UserError, match="a grid of the task is 7 cells long, the largest canvas .* 6; take"):
-        solve.main(["--checkpoint", str(tmp_path / "small"), str(tmp_path / "task.json")])
