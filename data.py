@@ -162,7 +162,10 @@ class Examples:
             ]
         for array, (kinds, shape) in zip(arrays, expected):
             valid = array.dtype.kind in kinds and array.shape == shape
-            require(valid, f"{folder}: an array is {array.dtype} {array.shape}, not {kinds} {shape}")
+            require(
+                valid,
+                f"{folder}: an array is {array.dtype} {array.shape}, not {kinds} {shape}",
+            )
         # the index rises from 0 to the number of pieces
         ids, puzzles, groups = index
         self.check_boundaries("puzzle_indices", puzzles, n)
@@ -259,9 +262,10 @@ def find_episodes(folder):
         valid = len(shape) == 2 and shape[0] > 1 and shape[1] == dim
         require(valid, f"{file}: latents have shape {shape}, but need at least 2 rows of {dim} numbers")
         # an episode without a group is a group of its own
-        key = str(file)
         if "group" in about:
             key = f"{file.parent} {about.get('set')} {about['group']}"
+        else:
+            key = str(file)
         group = groups.setdefault(key, len(groups))
         row = about.get("puzzle_identifier")
         row = next(unused) if row is None else row
@@ -280,7 +284,11 @@ class Episodes(Examples):
         windows = [ceil((e.length - 1) / seq_len) for e in self.episodes]
         _, group_sizes = np.unique([e.group for e in self.episodes], return_counts=True)
         identifiers = np.array([e.identifier for e in self.episodes])
-        self.index = identifiers, boundaries(windows), boundaries(group_sizes)
+        self.index = (
+            identifiers,
+            boundaries(windows),
+            boundaries(group_sizes),
+        )
         dim = episodes[0].dim
         self.meta = regression_meta(seq_len=seq_len, input_dim=dim, target_dim=dim)
 
@@ -353,6 +361,7 @@ def table_names(folder, episodes):
     has_tokens = any(meta.get("task_type") != "regression" for meta in metas)
     if path.exists() or has_tokens:
         return read_json(path, list)
+    # without names, the highest number decides
     n_rows = 1
     for episode in episodes:
         n_rows = max(n_rows, episode.identifier + 1)
@@ -375,7 +384,13 @@ class Split:
     canvases: (G,) side of each group's canvas, see assign_canvases; 0: the whole grid.
     Raises UserError for missing, damaged or contradictory files."""
 
-    def __init__(self, data, split, data_test=None, seq_len=None):
+    def __init__(
+        self,
+        data,
+        split,
+        data_test=None,
+        seq_len=None,
+    ):
         train_dirs = as_paths(data)
         test_dirs = as_paths(data_test or data)
         check_exists(train_dirs + test_dirs)
@@ -387,16 +402,8 @@ class Split:
             longest = max((e.length - 1 for e in found), default=0)
             seq_len = max(longest, seq_len or 0) or None
 
-        # the puzzle table: names of its rows, and how far each folder's identifiers are shifted
-        self.names, shifts = ["<blank>"], {}
         names = {folder: table_names(folder, found) for folder, found in episodes.items()}
-        for folder in names:
-            twins = [other for other in shifts if names[other] == names[folder]]
-            if folder not in train_dirs and twins and (folder / "identifiers.json").exists():
-                shifts[folder] = shifts[twins[0]]
-            else:
-                shifts[folder] = len(self.names) - 1
-                self.names += names[folder][1:]
+        shifts = self.join_tables(names, train_dirs)
 
         # join the examples and their index arrays
         self.sources = []
@@ -432,11 +439,27 @@ class Split:
 
         # the task
         recipes = [d / "recipe.json" for d in self.dirs]
-        self.recipe = [read_json(path, object) if path.exists() else None for path in recipes]
-        if self.meta["vocab_size"] == 0:
-            self.task = "regression"
-        else:
-            self.task = task_of(self.recipe) or "tokens"
+        self.recipe = []
+        for path in recipes:
+            self.recipe.append(read_json(path, object) if path.exists() else None)
+        by_recipe = task_of(self.recipe) or "tokens"
+        self.task = by_recipe if self.meta["vocab_size"] else "regression"
+
+    def join_tables(self, names, train_dirs):
+        """Set self.names and return how far each folder's identifiers are shifted in the joined table.
+
+        names: {folder: names of the rows of its own puzzle table}."""
+        self.names, shifts = ["<blank>"], {}
+        for folder in names:
+            twins = [other for other in shifts if names[other] == names[folder]]
+            only_tested = folder not in train_dirs
+            if only_tested and twins and (folder / "identifiers.json").exists():
+                # the same puzzles as those of another folder: share its rows
+                shifts[folder] = shifts[twins[0]]
+            else:
+                shifts[folder] = len(self.names) - 1
+                self.names += names[folder][1:]
+        return shifts
 
     def check_compatible(self, meta, folder):
         """Refuse a dataset that cannot be joined with this one."""
@@ -526,7 +549,7 @@ class Split:
 
 
 # ---------------------------------------------------------------------------------------------
-# Canvases: most of an ARC grid of 30 x 30 is padding, so each task goes on the smallest square that holds it
+# Canvases: most of an ARC grid of 30 x 30 is padding, so each task is put on the smallest square
 
 
 def extent(grids, lowest_token):
@@ -655,6 +678,7 @@ def draw_batch(split, rng, order, state, batch_size, singletons):
     first_example = split.puzzle_indices
     position = state.position
     if singletons:
+        # every group gives one row
         groups = order[position : position + batch_size]
         puzzles = rng.integers(first_puzzle[groups], first_puzzle[groups + 1])
         examples = first_example[puzzles]
@@ -697,6 +721,7 @@ def batch_order(
     singletons = (np.diff(split.puzzle_indices) == 1).all()
     groups = np.arange(len(split.canvases)) if groups is None else groups
     while endless or state.iteration <= ceil(epochs / interval):
+        # the permutations of this iteration's epochs, one after the other
         epochs_left = epochs - (state.iteration - 1) * interval
         n_epochs = interval if endless else min(interval, epochs_left)
         rng = philox(seed=seed + state.iteration)
@@ -736,6 +761,7 @@ def min_halt_steps(seed, step, batch_size, probability, halt_max_steps):
     if halt_max_steps == 1:
         return np.zeros(batch_size, np.int32)
     rng = philox(key=[seed, step])
+    # the minimum is uniform in 2 .. halt_max_steps
     explores = rng.random(batch_size) < probability
     steps = rng.integers(2, halt_max_steps + 1, batch_size)
     return np.where(explores, steps, 0).astype(np.int32)
@@ -751,6 +777,7 @@ def prefetch(iterable, depth=2):
     """Run an iterator in a thread, `depth` items ahead. An exception in it is raised here."""
     iterator = iter(iterable)
     end = object()
+    # one thread, so that the items keep their order
     with ThreadPoolExecutor(1) as pool:
         ahead = deque(pool.submit(next, iterator, end) for _ in range(depth))
         while (item := ahead.popleft().result()) is not end:

@@ -50,8 +50,7 @@ def supervision_steps(model, inputs, puzzle_ids, steps, noise=0.0, seeds=()):
         # x (B, L, D) is the same in all steps
         x = model.embed(inputs, model.puzzle_emb[puzzle_ids])
         # contiguous, as in later steps: other strides would compile one more graph
-        y = model.y0.to(x.dtype).expand_as(x).contiguous()
-        z = model.z0.to(x.dtype).expand_as(x).contiguous()
+        y, z = (h.to(x.dtype).expand_as(x).contiguous() for h in (model.y0, model.z0))
     for _ in range(steps):
         # no_grad ends before the yield, so that the caller keeps its own gradient mode
         with torch.no_grad():
@@ -85,10 +84,12 @@ def trajectory(model, inputs, puzzle_ids, steps):
 def hardest_solved_puzzle(model, split, batch_size):
     """draw.Trajectory of one puzzle of the first batch: of those solved in the end, the one that had wrong
     cells for the most steps."""
-    # all on the largest canvas, because a batch has one shape
-    canvas = int(split.canvases.max())
-    examples = np.arange(len(split))[:batch_size]
-    inputs, labels, puzzle_ids = split.gather(examples, size=batch_size, canvas=canvas)
+    inputs, labels, puzzle_ids = split.gather(
+        np.arange(len(split))[:batch_size],
+        size=batch_size,
+        # all on the largest canvas, because a batch has one shape
+        canvas=int(split.canvases.max()),
+    )
     answers, q_halt = trajectory(model, inputs, puzzle_ids, model.cfg.halt_max_steps)
     wrong = draw.wrong_cells(model.cfg, answers, labels)  # (steps, B, S)
     has_errors = wrong.any(-1)  # (steps, B)
@@ -155,9 +156,13 @@ def score(model, split, world, batch_size, examples, compute=ALL_STEPS_ONCE):
     run_batches = run_all_steps if compute.halt_threshold is None else run_until_halt
     canvases = split.canvas_of(examples)
     parts = []
-    total = compute.rollouts * len(examples) // world.size
-    # None: shown on a terminal only
-    with progress(total=total, desc="evaluating", unit="row", disable=world.rank > 0 or None) as bar:
+    with progress(
+        total=compute.rollouts * len(examples) // world.size,
+        desc="evaluating",
+        unit="row",
+        # None: shown on a terminal only
+        disable=world.rank > 0 or None,
+    ) as bar:
         for rollout in range(compute.rollouts):
             # canvas by canvas, because a batch has one shape
             for canvas in np.unique(canvases).tolist():
@@ -189,7 +194,14 @@ def run_all_steps(model, split, canvas, examples, batch_size, compute, rollout):
         if rollout:
             seeds = (rollout * len(split) + np.resize(part, batch_size)).tolist()
         exact = []
-        for heads in supervision_steps(model, batch.inputs, batch.puzzle_ids, n_steps, compute.noise, seeds):
+        for heads in supervision_steps(
+            model,
+            batch.inputs,
+            batch.puzzle_ids,
+            n_steps,
+            compute.noise,
+            seeds,
+        ):
             exact.append(all_exact(model.cfg, heads[0], batch.labels))
         steps = torch.full((batch_size,), n_steps)
         yield part, slice(len(part)), batch, heads, steps, exact
@@ -349,7 +361,7 @@ def optimal_paths(inputs, labels, preds):
     return allowed.all(1) & same_length & unbroken.all(1)
 
 
-def summary(cfg, scores, task=None):
+def summary(cfg, scores, task):
     """{metric: mean over the examples whose answer is known}, and n, the number of these examples."""
     known = Scores(*(column[scores.n_labels > 0] for column in scores))
     if not len(known.examples):
@@ -533,11 +545,11 @@ RESULT_METRICS = (
 
 def wilson_interval(p, n):
     """95% Wilson score interval (low, high) of a proportion p of n."""
+    # 1.96 standard deviations
     a = 1.96**2 / n
-    half_width = math.sqrt(a * (p * (1 - p) + a / 4))
-    low = (p + a / 2 - half_width) / (1 + a)
-    high = (p + a / 2 + half_width) / (1 + a)
-    return max(0.0, low), high
+    centre = (p + a / 2) / (1 + a)
+    half_width = math.sqrt(a * (p * (1 - p) + a / 4)) / (1 + a)
+    return max(0.0, centre - half_width), centre + half_width
 
 
 def intervals(cfg, metrics, votes):
@@ -593,14 +605,16 @@ def checkpoint_flags(add):
     add("--hf", metavar="OWNER/REPO[/FILE]", help="published weights on the Hugging Face hub")
     add("--data", nargs="+", metavar="DIR", help="dataset folders")
     add("--canvases", nargs="+", type=count, metavar="N", help="ARC: sides of the canvases")
-    add("--H-cycles", type=count, metavar="T", help="number of recursion cycles T")
-    add("--L-cycles", type=count, metavar="n", help="number of latent updates n per cycle")
-    add("--num-heads", type=count, metavar="N", help="number of attention heads")
-    add("--puzzle-emb-len", type=bounded(int, 0), metavar="P", help="number of prefix positions P")
+    for name in ("H_cycles", "L_cycles", "num_heads", "puzzle_emb_len"):
+        add("--" + name.replace("_", "-"), **hub.FIELDS[name].metadata)
     add("--dtype", choices=["bfloat16", "float32"], help="precision of the activations")
     add("--ema", action=argparse.BooleanOptionalAction, default=True, help="use the averaged (EMA) weights")
-    devices = ["auto", "cuda", "mps", "cpu"]
-    add("--device", choices=devices, default="auto", help="device (auto: cuda, then mps, then cpu)")
+    add(
+        "--device",
+        choices=["auto", "cuda", "mps", "cpu"],
+        default="auto",
+        help="device (auto: cuda, then mps, then cpu)",
+    )
 
 
 def load_model(args, world, reset=False, needs_data=True):
@@ -663,7 +677,10 @@ def check_dataset(content, cfg, split, reset):
     for name in ("seq_len", "vocab_size", "input_dim", "target_dim"):
         expected = getattr(cfg, name)
         same = split.meta.get(name, 0) == expected
-        require(same, f"{folder} does not have the checkpoint's {name} {expected}; change --data")
+        require(
+            same,
+            f"{folder} does not have the checkpoint's {name} {expected}; change --data or --puzzle-emb-len",
+        )
     same_puzzles = content.get("puzzle_ids_sha256") in (None, split.puzzle_ids_sha256)
     require(
         reset or (same_puzzles and cfg.num_puzzles == len(split.names)),
@@ -697,8 +714,7 @@ def flags():
     add("--save-preds", action="store_true", help="write predictions.npz")
     add("--show", type=count, metavar="N", help="draw N test puzzles to show.png")
     add("--batch-size", type=count, metavar="N", help="rows per batch of a rank (default: by device)")
-    use_compile = argparse.BooleanOptionalAction
-    add("--compile", action=use_compile, help="use torch.compile (default: on a GPU)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile (default: on a GPU)")
 
     group = parser.add_argument_group("test-time compute")
     add = group.add_argument
@@ -730,25 +746,23 @@ def measure(args, world, loaded):
     evaluation = evaluate(model, split, world, batch_size, args.limit, args.max_aug, compute, keep_preds)
     metrics, scores, votes = evaluation
 
-    # ---- how the scores came about
-    about = {
+    # ---- the scores, and how they came about
+    results = {
+        "metrics": metrics,
         "checkpoint": str(loaded.path),
         "averaged weights": bool(args.ema and loaded.content.get("ema")),
         "data": " ".join(map(str, split.dirs)),
-        "rows": f"{len(scores.examples):,} of {len(split):,}",
+        "rows": f"{len(scores.examples)} of {len(split)}",
         "device": f"{world.size} x {world.device.type}",
         "batch size per rank": batch_size,
         "seconds": time.perf_counter() - start,
-    }
-    if metrics["n"]:
-        exact_acc = scores.exact_by_step[scores.n_labels > 0].mean(0)
-        about["exact after each step"] = exact_acc.round(4).tolist()
-    results = {
-        "metrics": metrics,
-        "about": about | intervals(model.cfg, metrics, votes),
         "test_time_compute": compute._asdict(),
         "config": asdict(model.cfg),
     }
+    if metrics["n"]:
+        exact_acc = scores.exact_by_step[scores.n_labels > 0].mean(0)
+        results["exact after each step"] = exact_acc.round(4).tolist()
+    results |= intervals(model.cfg, metrics, votes)
     return evaluation, results
 
 
@@ -793,9 +807,10 @@ def run(args, world):
 
 
 def print_results(results):
-    for name, value in (results["metrics"] | results["about"]).items():
-        text = f"{value:.4f}" if isinstance(value, float) else value
-        print(f"{name:<35} {text}")
+    for name, value in (results["metrics"] | results).items():
+        if not isinstance(value, dict):
+            text = f"{value:.4f}" if isinstance(value, float) else value
+            print(f"{name:<37} {text}")
 
 
 def main(argv=None):

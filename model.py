@@ -274,7 +274,13 @@ def no_score_mod(cfg):
 SCORE_MODS = {"none": no_score_mod, "grid": grid_score_mod}
 
 
-def attend(q, k, v, score_mod=None, use_flex=True):
+def attend(
+    q,
+    k,
+    v,
+    score_mod=None,
+    use_flex=True,
+):
     """softmax(score_mod(q k / sqrt(head_dim))) v for q, k, v of shape (B, H, L, head_dim).
 
     A mask is a score_mod that returns -inf; a row that sees nothing gives zeros, as in FlexAttention."""
@@ -326,7 +332,8 @@ class Block(nn.Module):
 
     def __init__(self, cfg, generator):
         super().__init__()
-        D, L = cfg.hidden_size, cfg.length
+        D = cfg.hidden_size
+        L = cfg.length
         if cfg.mixer == "mlp":
             inner = cfg.inner_width(L)
             mix_in, mix_out = (2 * inner, L), (L, inner)

@@ -150,7 +150,7 @@ PRESETS = {
         loss="softmax",
         lr=3e-3,
         puzzle_emb_lr=4e-3,
-        lr_min_ratio=0.6,
+        lr_min_ratio=0.0,
         train_max_steps=[4, 6],
     ),
     "mini-arc": dict(
@@ -419,6 +419,7 @@ def schedule(step, total_steps, warmup, min_ratio):
     """Factor of the learning rates at a step, from 1: linear warm-up, then cosine down to min_ratio."""
     if step < warmup:
         return step / warmup
+    # the share of the steps after the warm-up that is done
     progress = (step - warmup) / max(1, total_steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return min_ratio + (1 - min_ratio) * cosine
@@ -429,6 +430,7 @@ def train_max_steps(args, progress):
     stretches. Few at first: an untrained model learns more from many puzzles than from many steps on one."""
     if not args.train_max_steps:
         return args.halt_max_steps
+    # as many equal stretches as there are values from first to last
     first, last = args.train_max_steps
     current = first + int(progress * (last - first + 1))
     return min(args.halt_max_steps, last, current)

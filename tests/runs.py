@@ -267,7 +267,7 @@ def same_run(a, b):
 # Runs in processes of their own
 
 
-def count_events(act):
+def count_events(act, set_attribute=setattr):
     """Call act(name, number) before and after everything that a run does to its state or its files."""
     numbers = iter(range(10**9))
 
@@ -280,7 +280,7 @@ def count_events(act):
             act(f"after {name}", next(numbers))
             return result
 
-        setattr(owner, name, wrapped)
+        set_attribute(owner, name, wrapped)
 
     for name in ("forward_backward", "update", "log_step", "evaluate", "link_or_copy"):
         wrap(train, name)
@@ -347,11 +347,11 @@ class Ranks:
     """A run of `size` processes, started at once. hook: (event, action) of the rank `hooked`, see child."""
 
     def __init__(self, tmp_path, argv, size=1, hook=(None, None), hooked=0):
-        os.environ.setdefault("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("forkserver")
         drawing = ["matplotlib.figure", "matplotlib.backends.backend_agg"]
-        context.set_forkserver_preload(["train", "runs", *drawing])
+        context.set_forkserver_preload(["train", "runs", "numpy.random", "torch.distributed.nn", *drawing])
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

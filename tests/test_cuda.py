@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import flags, go, last, same_run, without_curves
+from runs import flags, go, last, unlike, without_curves
 from test_published import GOLDEN, golden, golden_batch, golden_model
 from test_speed import MLP, make_run, random_batch
 
@@ -32,7 +32,7 @@ def check_difference(what, found, expected, limit):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_published_figures(name, compiled):
-    """Logits, q_halt and losses of 16 supervision steps, then the gradients of a training step, in float32."""
+    """Logits, q_halt and losses of 16 supervision steps, then gradients, in float32."""
     figures, config, state = golden(name)
     model = golden_model(config, state).to(CUDA).eval()
     if compiled:
@@ -116,30 +116,31 @@ def test_a_training_step_never_waits(more, compiled):
     run = make_run(*more, world=World(0, 1, CUDA))
     if compiled:
         compile_model(run.model)
-    batches = [Batch(*(tensor.pin_memory() for tensor in random_batch(run.cfg, i))) for i in range(5)]
-    for i, batch in enumerate(batches):
-        if i == 2:  # from now on nothing is compiled or allocated
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+    batches = [Batch(*(tensor.pin_memory() for tensor in random_batch(run.cfg, i))) for i in range(4)]
+
+    def take_steps(batches):
+        for batch in batches:
             train.forward_backward(run, batch)
             train.update(run, 1.0)
-            if i == 4:
-                with pytest.raises(RuntimeError, match="synchroniz"):
-                    run.finite_check.item()
-        finally:
-            if i == 4:
-                torch.cuda.set_sync_debug_mode("default")
+
+    take_steps(batches[:2])  # compiles and allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        take_steps(batches[2:])
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            run.finite_check.item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_run_resumes_bit_for_bit(boards, tmp_path, monkeypatch):
-    """Compiled, with an evaluation in the middle."""
     without_curves(monkeypatch)
-    more = ["--device", "cuda", "--compile", "--checkpoint-interval", 3]
+    more = ["--device", "cuda", "--compile"]
     assert go(*flags(boards, tmp_path / "whole", *more)) == 0
     assert go(*flags(boards, tmp_path / "resumed", *more, "--max-steps", 3)) == 0
     assert go("--resume", tmp_path / "resumed", "--device", "cuda") == 0
-    assert last(tmp_path / "whole")["step"] > 6
-    assert not same_run(tmp_path / "whole", tmp_path / "resumed")
+    whole, resumed = last(tmp_path / "whole"), last(tmp_path / "resumed")
+    assert whole["step"] > 6 and not unlike(whole, resumed)
 
 
 def test_out_of_memory_splits_the_batch(boards, tmp_path, monkeypatch, capsys):

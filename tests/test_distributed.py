@@ -3,6 +3,7 @@
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import (
@@ -154,16 +155,27 @@ def test_a_rank_that_dies_ends_the_other(tmp_path, boards):
 
 
 def test_every_rank_checks_its_share(tmp_path):
-    """Each row of both splits is read by exactly one of three ranks, and a bad row is found by its rank."""
-    folder = write_boards(tmp_path / "d")
-    split = data.Split([folder, write_boards(tmp_path / "e", seed=1, shift=50)], "train")
-    read = []
+    """Each row is read by exactly one of three ranks; of two, the second finds a bad token at the end."""
+    folders = [write_boards(tmp_path / "d"), write_boards(tmp_path / "e", seed=1, shift=50)]
+    split, read = data.Split(folders, "train"), []
     for source in split.sources:
-        source.read = lambda rows, source=source: (
-            read.append((source, rows)) or type(source).read(source, rows)
-        )
+        original = source.read
+
+        def watched(rows, source=source, original=original):
+            read.extend((source.folder, row) for row in range(rows.start, rows.stop))
+            return original(rows)
+
+        source.read = watched
     counts = [split.check(rank, 3) for rank in range(3)]
-    for source in split.sources:
-        rows = [r for s, slices in read if s is source for r in range(slices.start, slices.stop)]
-        assert sorted(rows) == list(range(len(source))), f"{len(rows)} rows read of {len(source)}"
-    assert sum(counts) == split.check() == 16 * len(split) and max(counts) < 0.4 * sum(counts), counts
+    expected = [(source.folder, row) for source in split.sources for row in range(len(source))]
+    assert sorted(read) == sorted(expected), f"{len(read)} rows read of {len(expected)}"
+    assert sum(counts) == 16 * len(split) and max(counts) < 0.4 * sum(counts), counts
+
+    path = tmp_path / "d" / "train" / "all__inputs.npy"
+    inputs = np.load(path)
+    inputs[-1, -1] = 9
+    np.save(path, inputs)
+    ranks = Ranks(tmp_path, flags(tmp_path / "d", tmp_path / "run"), 2)
+    codes = ranks.wait()
+    assert codes[1] == 2 and " 9, but vocab_size is 6" in ranks.text(1), (codes, ranks.text(1))
+    assert codes[0] not in (0, None) and "vocab_size" not in ranks.text(0), (codes, ranks.text(0))

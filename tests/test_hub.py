@@ -125,21 +125,21 @@ def test_weights_of_others(server, data, tmp_path, monkeypatch, capsys):
     }
     metrics = evaluate("--hf", "me/net", "--data", data, "--dtype", "float32", "--steps", 4)
     expected = scoring.evaluate(model_of(), Split(data, "test"), ALONE, 8).metrics
-    for name, value in metrics.items():
-        assert value == pytest.approx(expected[name], rel=1e-5), name
+    assert metrics == pytest.approx(expected, rel=1e-5)
     capsys.readouterr()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # nobody there
-    path, settings, dataset = hub.fetch("me/net", ALONE)
+    path, settings, folder = hub.fetch("me/net", ALONE)
     assert {f.name for f in path.parent.iterdir()} == {"all_config.yaml", "step_32550_sudoku"}
-    assert settings == {} and dataset is None
+    assert settings == {} and folder is None
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith("note: cannot reach me/net"), errors
-    with pytest.raises(UserError, match="cannot reach me/none .* not in the cache; .*--checkpoint"):
+    with pytest.raises(UserError, match="me/none is not in the cache; pass a file with --checkpoint"):
         hub.fetch("me/none", ALONE)
+    assert capsys.readouterr().err.startswith("note: cannot reach me/none")
 
 
 def test_published_repositories(server):
-    """The table tells T, n and the dataset; the weights file is found by its name."""
+    """The table tells n and the dataset; the weights file is found by its name."""
     name = "arcprize/trm_arc_prize_verification"
     files = {"README": b"", "all_config.yaml": b"", "steps.png": b"", "arc_v1_public/step_1": b""}
     server.files = {
@@ -148,33 +148,28 @@ def test_published_repositories(server):
     }
     settings = {"H_cycles": 3, "L_cycles": 4, "num_heads": 8, "puzzle_emb_len": 16}
     path, *rest = hub.fetch("alphaXiv/trm-model-maze", ALONE)
-    assert path.name == "maze_hard_step_32550" and rest == [settings, prepare.KNOWN["maze"]]
+    assert path.name == "maze_hard_step_32550" and rest == [settings, prepare.KNOWN["maze"].folder]
     path, *rest = hub.fetch(f"{name}/arc_v2_public/step_2", ALONE)
-    assert path.name == "step_2" and rest == [settings, prepare.KNOWN["arc2"]]
+    assert path.name == "step_2" and rest == [settings, prepare.KNOWN["arc2"].folder]
     for wrong in (name, f"{name}/step_2", "alphaXiv"):
-        with pytest.raises(UserError, match="several files.* arc_v1_public/step_1|OWNER/REPO"):
+        with pytest.raises(UserError, match="choose one file .* 'arc_v1_public/step_1'|OWNER/REPO"):
             hub.fetch(wrong, ALONE)
-    for _, _, dataset in hub.PUBLISHED.values():
-        assert dataset in prepare.KNOWN
+    assert set(hub.PUBLISHED.values()) <= prepare.KNOWN.keys()
 
 
-@pytest.mark.parametrize("package", [True, False])
-def test_push_and_back(server, data, monkeypatch, package):
+def test_push_and_back(server, data):
     """A pushed repository needs no flag, and its card contains the measured metrics."""
-    if package:
-        pytest.importorskip("safetensors", reason="needs safetensors")
-    else:
-        monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    weights = "model.safetensors" if package else "model.pt"
-    server.files["me/mini"] = {"model.pt": b"old", "model.safetensors": b"old", "notes.txt": b""}
-    run = save_run(Path("run"), Split(data, "test"), model_of())
+    server.files["me/mini"] = {"model.pt": b"old", "notes.txt": b""}
+    private = {"canvases": None, "run_dir": "runs/of-alice"}
+    run = save_run(Path("run"), Split(data, "test"), model_of(), settings=private)
     push = ["push", str(run), "me/mini"]
-    with pytest.raises(UserError, match="results.json is not an evaluation .*eval.py --checkpoint"):
+    with pytest.raises(UserError, match="results.json is not an evaluation .*eval.py --checkpoint run/step"):
         hub.main(push)
     metrics = evaluate("--checkpoint", run, output=run)
     hub.main(push)
     files = server.files["me/mini"]
-    assert files.keys() == {weights, "config.json", "results.json", "README.md", "notes.txt"}
+    assert files.keys() == {"model.pt", "config.json", "results.json", "README.md", "notes.txt"}
+    assert not any(b"alice" in content for content in files.values())
     card = ModelCard(files["README.md"].decode())
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert measured == pytest.approx(metrics) and "python eval.py --hf me/mini`" in card.text
@@ -186,11 +181,14 @@ def test_push_and_back(server, data, monkeypatch, package):
 
     results = json.loads((run / "results.json").read_text())
     halting = {"test_time_compute": {**results["test_time_compute"], "halt_threshold": 0.0}}
-    earlier = {"about": {**results["about"], "checkpoint": "step_00000005.ckpt, last weights"}}
+    earlier = {"checkpoint": "run/step_00000005.ckpt"}
+    average = {"averaged weights": True}
     override = {"config": {**results["config"], "H_cycles": 2}}
-    for change in (halting, earlier, override):
+    for change in (halting, earlier, average, override):
         write_json(run / "results.json", {**results, **change})
-        with pytest.raises(UserError, match="not an evaluation of step_00000010.ckpt, last weights"):
+        with pytest.raises(
+            UserError, match="results.json is not an evaluation without flags; .*step_00000010"
+        ):
             hub.main(push)
 
 

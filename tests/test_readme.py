@@ -1,4 +1,5 @@
 """The commands of README.md and REPORT.md: their scripts understand them, and run them at a tiny size."""
+
 import importlib
 import json
 import re
@@ -22,9 +23,20 @@ from model import TRM, Batch, Config
 from runs import ROOT, arc_dir, arc_model, go, save_run, sudoku_dir, without_curves
 
 DOCUMENTS = ("README.md", "REPORT.md")
-SCRIPTS = ("train.py", "eval.py", "solve.py", "draw.py", "hub.py", "bench.py", "results.py", "baselines.py",
-           "prepare/sudoku.py", "prepare/maze.py", "prepare/arc.py")
-OTHERS = {"uv", "source", "pip", "git", "cd", "wandb"}      # commands that are not ours
+SCRIPTS = (
+    "train.py",
+    "eval.py",
+    "solve.py",
+    "draw.py",
+    "hub.py",
+    "bench.py",
+    "results.py",
+    "baselines.py",
+    "prepare/sudoku.py",
+    "prepare/maze.py",
+    "prepare/arc.py",
+)
+OTHERS = {"uv", "source", "pip", "git", "cd", "wandb"}  # commands that are not ours
 FOREIGN = {"--torch-backend", "--compile-bytecode", "--max-restarts", "--nproc_per_node", "--slow"}
 
 
@@ -56,7 +68,7 @@ def script_of(command):
     """(script, its arguments) of a command that runs one of ours, else (None, [])."""
     words = words_of(command)
     at = next((i for i, word in enumerate(words) if word in SCRIPTS), None)
-    return (None, []) if at is None else (words[at], words[at + 1:])
+    return (None, []) if at is None else (words[at], words[at + 1 :])
 
 
 def jobs_of(script):
@@ -90,8 +102,10 @@ def test_command_is_understood(document, command):
 # ---------------------------------------------------------------------------------------------
 # Each command once more, at a tiny size
 
-TINY_RUN = ("--hidden-size 32 --puzzle-emb-ndim 32 --num-layers 1 --H-cycles 1 --L-cycles 1 "
-            "--halt-max-steps 2 --global-batch-size 8 --epochs 1 --eval-interval 1 --dtype float32").split()
+TINY_RUN = (
+    "--hidden-size 32 --puzzle-emb-ndim 32 --num-layers 1 --H-cycles 1 --L-cycles 1 "
+    "--halt-max-steps 2 --global-batch-size 8 --epochs 1 --eval-interval 1 --dtype float32"
+).split()
 HERE = ["--device", "cpu", "--no-compile"]
 
 
@@ -114,9 +128,11 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def place(tmp_path, monkeypatch, trained):
     """A working directory with a run of mini in it. Presets are tiny; no network, no measuring of peaks."""
+
     def fetch(name, world):
         assert name in hub.KNOWN, f"the hub has no {name}"
         return trained["sudoku"] / "step_00000001.ckpt", {}, None
+
     monkeypatch.chdir(tmp_path)
     without_curves(monkeypatch)
     monkeypatch.setattr(hub, "fetch", fetch)
@@ -180,9 +196,20 @@ def train_here(args, arguments, trained):
     args = train.flags(**train.PRESETS[args.preset]).parse_args(arguments)
     for folder in {*args.data, *(args.data_test or [])}:
         make_data(folder, trained["boards"])
-    if args.init:       # weights of a run of the same preset
-        go("--preset", args.preset, "--data", *args.data, "--run-dir", args.init, "--max-steps", 1, *TINY_RUN,
-           "--allow-cpu", *HERE)
+    if args.init:  # weights of a run of the same preset
+        go(
+            "--preset",
+            args.preset,
+            "--data",
+            *args.data,
+            "--run-dir",
+            args.init,
+            "--max-steps",
+            1,
+            *TINY_RUN,
+            "--allow-cpu",
+            *HERE,
+        )
     if args.resume and args.resume != "newest":
         shutil.copytree(trained["sudoku"], args.resume)
     begins = not args.resume or args.run_dir
@@ -207,21 +234,23 @@ def runnable(command):
     return script and "prepare/" not in script and arguments[:1] != ["push"]
 
 
-@pytest.mark.parametrize("command", [*filter(runnable, dict.fromkeys(c for _, c in COMMANDS))],
-                         ids=lambda v: v[:70])
+@pytest.mark.parametrize(
+    "command", [*filter(runnable, dict.fromkeys(c for _, c in COMMANDS))], ids=lambda v: v[:70]
+)
 def test_command_runs(command, place, trained, monkeypatch):
     restarts = re.search(r"--max-restarts[= ](\d+)", command)
-    if restarts:    # torchrun tells its processes
+    if restarts:  # torchrun tells its processes
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts[1])
     script, arguments = script_of(command)
     before = set(place.rglob("*"))
     code = module_of(script).main(arguments_here(script, arguments, trained))
-    assert code in (0, None) or script == "solve.py" and code == 1, code    # 1: it was not solved
+    assert code in (0, None) or script == "solve.py" and code == 1, code  # 1: it was not solved
     assert set(place.rglob("*")) - before
 
 
 # ---------------------------------------------------------------------------------------------
 # What the text says
+
 
 def test_there_are_commands_of_every_script():
     shown = {script_of(command)[0] for document, command in COMMANDS if document == "README.md"}

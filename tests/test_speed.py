@@ -26,7 +26,7 @@ MLP = dict(mixer="mlp", pos_encodings="none")
 def make_run(*flags, world=ALONE, canvas_sizes=None, **config):
     args = train.settings(["--preset", "sudoku", "--global-batch-size", "8", *flags], ALONE)[0]
     sizes = dict(vocab_size=6, seq_len=16, num_puzzles=5, hidden_size=32, num_heads=2, puzzle_emb_len=1)
-    sizes |= dict(puzzle_emb_ndim=32, H_cycles=2, L_cycles=2, halt_max_steps=4)
+    sizes |= dict(puzzle_emb_ndim=32, num_layers=1, H_cycles=2, L_cycles=1, halt_max_steps=4)
     run = train.Run(args, Config(**(sizes | config)), world, canvas_sizes=canvas_sizes)
     with torch.no_grad():
         # rows halt at random from the start
@@ -152,11 +152,11 @@ READ_ERRORS = (NotImplementedError, RuntimeError, TypeError, AttributeError, Ass
 
 
 class OnDevice(TorchDispatchMode):
-    """Refuses what the meta device allows, counts operators and the tensors that the host sends."""
+    """Refuses what the meta device allows, lists the operators and counts the tensors that the host sends."""
 
     def __init__(self):
         super().__init__()
-        self.n_operators, self.n_sent = 0, 0
+        self.operators, self.n_sent = [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -166,7 +166,7 @@ class OnDevice(TorchDispatchMode):
                 assert index is None or index.dtype != torch.bool, f"{func} waits for the device"
         if name == "_to_copy" and kwargs.get("device") == META and args[0].device.type == "cpu":
             self.n_sent += 1
-        self.n_operators += 1
+        self.operators.append(name)
         return func(*args, **kwargs)
 
 
@@ -199,10 +199,10 @@ WAYS_TO_TRAIN = [
 def test_a_training_step_never_waits(on_device, flags, config, canvases):
     run = make_run(*flags, world=on_device, canvas_sizes=dict.fromkeys(canvases, 1), **config)
     with OnDevice() as seen:
-        take_steps(run, 3, canvases)
-    assert run.step == 3 * len(canvases) and run.weights.device == META
+        take_steps(run, 2, canvases)
+    assert run.step == 2 * len(canvases) and run.weights.device == META
     assert all(carry.y.device == META for carry in run.carries.values())
-    assert seen.n_operators > 900, f"only {seen.n_operators} operators, so backward was not counted"
+    assert seen.operators.count("silu_backward") >= run.step, "the backward was not seen"
     assert seen.n_sent == 4 * run.step, f"{seen.n_sent} tensors were sent, not only the 4 of every batch"
 
 
@@ -216,30 +216,26 @@ def test_only_the_log_line_waits(on_device, monkeypatch):
         train.log_step(run, None, 0.1, 0.0)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_an_evaluation_waits_once_per_batch(on_device, monkeypatch, tmp_path, noise):
-    """In scores_of, after all supervision steps."""
-    prepare.write_dataset(tmp_path / "d", {"train": boards(4), "test": boards(8)}, 6, {"builder": "sudoku"})
+@pytest.mark.parametrize("rollout", [0, 1])
+def test_an_evaluation_waits_once_per_batch(on_device, tmp_path, rollout):
+    """In scores_of, after all supervision steps; with noise, too."""
+    prepare.write_dataset(tmp_path / "d", {"train": boards(4), "test": boards(7)}, 6, {"builder": "sudoku"})
     split = Split(tmp_path / "d", "test")
     model = make_run(world=on_device).model.eval()
-    batches = [np.arange(4), np.arange(4, 7)]
-    compute = scoring.TestTimeCompute(steps=3, rollouts=2, noise=noise)
-    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
-        list(scoring.score_all_steps(model, split, 0, batches, 4, compute, 1))
-
-    def scores_of(cfg, split, canvas, examples, **tensors):
-        return len(examples), tensors["exact_by_step"].shape
-
-    monkeypatch.setattr(scoring, "scores_of", scores_of)
+    compute = scoring.TestTimeCompute(steps=3, rollouts=2, noise=0.3)
     with OnDevice() as seen:
-        found = list(scoring.score_all_steps(model, split, 0, batches, 4, compute, 1))
-    assert found == [(4, (4, 3)), (3, (4, 3))] and seen.n_operators > 300, (found, seen.n_operators)
+        found = list(scoring.run_all_steps(model, split, 0, np.arange(7), 4, compute, rollout))
+    assert [len(results[0]) for results in found] == [4, 3]
+    assert seen.operators.count("silu") >= 2 * 3 and seen.n_sent == 2 * 3, seen.n_sent
+    for results in found:
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            scoring.scores_of(model.cfg, split, 0, *results)
 
 
 @pytest.mark.parametrize("read", READS.replace("\n", "  ").split("  "))
 def test_a_read_would_be_found(on_device, monkeypatch, read):
     """Planted in the heads, in training and in evaluation."""
-    run = make_run(world=on_device, num_layers=1, H_cycles=1, L_cycles=1)
+    run = make_run(world=on_device)
     batch = random_batch(run.cfg)
     heads = TRM.heads
 
@@ -270,7 +266,7 @@ def bytes_of_tensors():
 
 
 def test_steps_do_not_accumulate_memory():
-    run = make_run(num_layers=1, H_cycles=1, L_cycles=1)
+    run = make_run()
     take_steps(run, 10)
     before = bytes_of_tensors()
     take_steps(run, 50)

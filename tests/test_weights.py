@@ -78,7 +78,8 @@ def test_exported_weights_load_back(tmp_path, split, capsys, cfg):
 def test_export_keeps_the_canvases_and_takes_the_average(tmp_path, split):
     model, averaged = model_of(), dict(model_of(seed=1).named_parameters())
     averaged = {name: tensor.detach() for name, tensor in averaged.items()}
-    run = save_run(tmp_path / "run", split, model, ema=averaged, settings={"canvases": [4]})
+    settings = {"canvases": [4], "run_dir": "runs/of-alice"}
+    run = save_run(tmp_path / "run", split, model, ema=averaged, settings=settings)
     for flags, expected in ([], averaged["lm_head"]), (["--no-ema"], model.lm_head):
         hub.main(["export", str(run), str(tmp_path / "w.pt"), *flags])
         content = hub.load_weights(tmp_path / "w.pt")
@@ -121,15 +122,12 @@ def test_a_configuration_belongs_to_one_file(tmp_path, split):
 
 
 def test_configuration_of_earlier_exports(tmp_path):
-    """w.config.json, without a checksum, describes the only file with its stem."""
+    """w.config.json, without a checksum, describes the file with its stem."""
     torch.save(published(), tmp_path / "w.pt")
     saved = {**asdict(TINY), "q_continue": False, "trained_on": {"identity": "1" * 64, "data": ["x"]}}
     (tmp_path / "w.config.json").write_text(json.dumps(saved))
     assert load(tmp_path / "w.pt")[0] == TINY
     assert hub.load_weights(tmp_path / "w.pt")["puzzle_ids_sha256"] == "1" * 64
-    torch.save(published(), tmp_path / "w.bin")
-    with pytest.raises(UserError, match="T and n are not stored"):
-        load(tmp_path / "w.pt")
 
 
 HYDRA = "arch:\n  name: trm@TRM\n  H_cycles: 3\n  num_heads: 4\n  L_cycles: 4\n  loss: {type: x}\nlr: 1e-4\n"
@@ -143,25 +141,22 @@ def test_configuration_beside_a_file(tmp_path, capsys, name):
     found = load(tmp_path / "w.pt", puzzle_emb_len=3)[0]
     assert (found.H_cycles, found.L_cycles, found.num_heads) == (3, 4, 4) and not capsys.readouterr().err
     assert load(tmp_path / "w.pt", puzzle_emb_len=3, H_cycles=2)[0].H_cycles == 2
-    with pytest.raises(UserError, match="trained with num_heads 4, not 2"):
+    with pytest.raises(UserError, match="trained with num_heads 4; use the same"):
         load(tmp_path / "w.pt", puzzle_emb_len=3, num_heads=2)
 
 
 INVALID = ["arch: [", "- 1\n- 2\n", "arch: 3", "!!python/object:omegaconf.Dict {}", ""]
 WRONG = ["H_cycles: three", "H_cycles: 1.0", "H_cycles: 0", "L_cycles: true", "halt_max_steps: -3"]
 WRONG += ["pos_encodings: 2d", "num_heads: '2'"]
-UNFIT = ["puzzle_emb_len: 5", "seq_len: 81"]
 
 
-@pytest.mark.parametrize("text", INVALID + WRONG + UNFIT)
+@pytest.mark.parametrize("text", INVALID + WRONG)
 def test_wrong_configurations_are_refused(tmp_path, text):
     """In one line with the file and the key."""
     torch.save(published(), tmp_path / "w.pt")
     (tmp_path / "all_config.yaml").write_text(text)
     name = text.split(":")[0]
     message = f"all_config.yaml: {name} is" if text in WRONG else "all_config.yaml: "
-    if text in UNFIT:
-        message = "positions do not fit weights for 17"
     settings = {key: value for key, value in SETTINGS.items() if key != name}
     with pytest.raises(UserError, match=message) as error:
         load(tmp_path / "w.pt", **settings)
@@ -179,21 +174,20 @@ def test_published_weights_without_a_configuration(tmp_path, capsys, cfg):
     for name in ("mixer", "puzzle_emb_len", "seq_len", "num_layers", "num_heads"):
         assert getattr(found, name) == getattr(cfg, name), name
     assert not capsys.readouterr().err
+    if cfg != ATTENTION:  # the positions of the weights decide, and eval.py compares them with the dataset
+        assert load(path, 20, puzzle_emb_len=5, num_heads=2, **CYCLES)[0].seq_len == cfg.length - 5
 
 
 def test_default_heads_and_prefix_are_noted(tmp_path, capsys):
     wide = replace(ATTENTION, hidden_size=64, num_heads=8, puzzle_emb_len=16)
     torch.save(published(wide), tmp_path / "w.pt")
-    both = "'num_heads': 8, 'puzzle_emb_len': 16"
-    for given, text in ({}, both), ({"num_heads": 4}, "{'puzzle_emb_len': 16}"):
+    for given in {}, {"num_heads": 4}:
         found = load(tmp_path / "w.pt", **CYCLES, **given)[0]
         assert (found.num_heads, found.puzzle_emb_len) == (given.get("num_heads", 8), 16)
         error = capsys.readouterr().err
-        assert text in error and error.count("\n") == 1
+        assert "assuming {'num_heads': 8, 'puzzle_emb_len': 16}" in error and error.count("\n") == 1
     torch.save(published(replace(LEARNED, puzzle_emb_ndim=96)), tmp_path / "w.pt")
     assert load(tmp_path / "w.pt", **CYCLES, num_heads=2, puzzle_emb_len=0)[0].puzzle_emb_len == 3
-    with pytest.raises(UserError, match="3 . 20 positions do not fit weights for 19"):
-        load(tmp_path / "w.pt", 20, **CYCLES, num_heads=2, puzzle_emb_len=3)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,8 +216,8 @@ def test_wrapped_weights_are_unwrapped(tmp_path, name):
 @pytest.mark.parametrize(
     "key", ["ema", "ema_model", "ema_state_dict", "model_ema", "shadow", "averaged_model"]
 )
-def test_averaged_weights_of_other_makers(tmp_path, capsys, key):
-    """They are the default and the last weights take --no-ema; a note tells. An average may lack buffers."""
+def test_averaged_weights_of_other_makers(tmp_path, key):
+    """They are the default and the last weights take --no-ema. An average may lack buffers."""
     last, averaged = published(), published(seed=1)
     parameters = {k: v for k, v in averaged.items() if "init" not in k and "puzzle_emb" not in k}
     n_averaged = {"n_averaged": torch.tensor(5)}
@@ -236,9 +230,7 @@ def test_averaged_weights_of_other_makers(tmp_path, capsys, key):
         torch.save(content, tmp_path / "both.pt")
         state = load(tmp_path / "both.pt", **SETTINGS)[1]
         assert torch.equal(state["lm_head"], model_of(seed=1).lm_head)
-        assert "note: using the averaged (EMA) weights" in capsys.readouterr().err
         assert is_model(load(tmp_path / "both.pt", ema=False, **SETTINGS)[1])
-        assert not capsys.readouterr().err
     assert torch.equal(state["y0"], model_of().y0)
     torch.save({key: averaged}, tmp_path / "only.pt")
     assert is_model(load(tmp_path / "only.pt", **SETTINGS)[1], seed=1)
@@ -246,26 +238,24 @@ def test_averaged_weights_of_other_makers(tmp_path, capsys, key):
         load(tmp_path / "only.pt", ema=False, **SETTINGS)
 
 
-PARTS = ["model-00001-of-00002.safetensors", "pytorch_model-2-of-2.bin", "model.safetensors.index.json"]
-
-
-@pytest.mark.parametrize("name", PARTS)
-def test_parts_of_a_checkpoint_are_refused(tmp_path, name):
-    (tmp_path / name).write_text("{}")
-    with pytest.raises(
-        UserError, match=f"{name} is only a part of a checkpoint; load all parts and torch.save"
-    ):
-        load(tmp_path / name)
+def test_a_part_of_a_checkpoint_is_refused(tmp_path):
+    part = dict(list(published().items())[:6])
+    torch.save(part, tmp_path / "pytorch_model-1-of-2.bin")
+    with pytest.raises(UserError, match="not a published TRM checkpoint, it lacks: '"):
+        load(tmp_path / "pytorch_model-1-of-2.bin", **SETTINGS)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path / "model.safetensors.index.json")
 
 
 OTHER = [
     (b"", "cannot be read"),
     (b"<!doctype html><html>Not found</html>", "cannot be read"),
-    ([torch.zeros(2)], "contains a list, not a state dict"),
+    ([torch.zeros(2)], "does not contain a state dict"),
     ({"epoch": 3}, "lacks: 'embed_tokens.embedding_weight'"),
     ({"model": {"fc.weight": torch.zeros(2, 2)}, "config": {}}, "lacks: 'embed_tokens"),
     ({"model": model_of().state_dict()}, "lacks: 'embed_tokens"),
-    ({**published(), "fc.weight": torch.zeros(2)}, "unknown tensors: fc.weight"),
+    ({**published(), "fc.weight": torch.zeros(2)}, "unknown tensors: .'fc.weight'"),
 ]
 
 
@@ -302,7 +292,7 @@ def test_our_checkpoints_contain_their_configuration(tmp_path, split):
     changed = {"H_cycles": 5, "dtype": "bfloat16", "num_heads": 2}
     assert load(path, **changed)[0] == replace(ATTENTION, **changed)
     for name, value in (("num_heads", 4), ("puzzle_emb_len", 4), ("pos_encodings", "none")):
-        with pytest.raises(UserError, match=f"{name} .*, not {value}"):
+        with pytest.raises(UserError, match=f"trained with {name} .*; use the same"):
             load(path, **{name: value})
 
 

@@ -49,7 +49,7 @@ def user_error(what, *exceptions):
     try:
         yield
     except exceptions as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else one_line(e)
+        reason = getattr(e, "strerror", None) or one_line(e)
         raise UserError(f"{what}: {reason}") from e
 
 
@@ -57,6 +57,8 @@ def cli(main):
     """Run main() as a script. A UserError becomes one line and exit code 2; bugs keep their traceback."""
     try:
         sys.exit(main() or 0)
+    except SystemExit:  # first, because naming torch._dynamo below imports it, which takes seconds
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has ended, as in `eval.py ... | head`
@@ -94,9 +96,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser with our help layout, whose errors are UserErrors."""
 
     def __init__(self, description, usage="%(prog)s [flags]"):
-        def formatter(prog):
-            return HelpFormatter(prog, max_help_position=30, width=80)
-
+        formatter = partial(HelpFormatter, max_help_position=30, width=80)
         super().__init__(description=description, usage=usage, allow_abbrev=False, formatter_class=formatter)
 
     def error(self, message):
@@ -147,11 +147,10 @@ class World:
         """(B, ...) on every rank, concatenated in rank order to (size * B, ...)."""
         if self.size == 1:
             return tensor
-        out = tensor.new_empty((self.size * len(tensor), *tensor.shape[1:]))
-        # torch 2.13 renamed all_gather_into_tensor and warns about the old name
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(out, tensor.contiguous())
-        return out
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
 
     def all_gather_object(self, value):
         """List of every rank's picklable value, in rank order."""
@@ -176,7 +175,7 @@ def choose_device(name, local_rank=0):
     """The torch.device for "auto" (cuda, then mps, then cpu) or for a name."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device in available if available[device])
+        name = next(filter(available.get, available))
     require(available[name], f"--device {name} is not available on this machine; use --device auto")
     if name != "cuda":
         return torch.device(name)
@@ -188,7 +187,7 @@ def choose_device(name, local_rank=0):
 
 def keep_freed_memory():
     """Tell glibc to keep large freed blocks: otherwise every CPU step pays for fresh pages."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:  # other C libraries have none
         mallopt(-4, 0)  # M_MMAP_MAX: never give a block a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
@@ -196,17 +195,12 @@ def keep_freed_memory():
 
 def start_world(device="auto", timeout_s=600):
     """Join the other processes if torchrun started this one (it sets RANK, WORLD_SIZE and LOCAL_RANK)."""
-    version = torch.__version__.split(".")
-    is_recent = (int(version[0]), int(version[1])) >= (2, 10)
-    require(is_recent, f"torch {torch.__version__} is too old; install torch>=2.10, see requirements.txt")
     env = os.environ
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
-    by_torchrun = not missing
     partly = "RANK" in env or "WORLD_SIZE" in env
-    require(by_torchrun or not partly, f"{' and '.join(missing)} not set; start several ranks with torchrun")
-    slurm_tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))  # set within srun only
+    require(not (missing and partly), f"{' and '.join(missing)} not set; start several ranks with torchrun")
     require(
-        by_torchrun or slurm_tasks == 1,
+        not missing or env.get("SLURM_STEP_NUM_TASKS", "1") == "1",  # set within srun only
         "Slurm started several tasks; start one per node and run torchrun in it",
     )
     rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
@@ -222,7 +216,7 @@ def start_world(device="auto", timeout_s=600):
         # A restarted rank would otherwise find the addresses of the ranks that died in the store.
         # Only on one machine: several machines may count their restarts differently.
         if env.get("LOCAL_WORLD_SIZE") == str(size):
-            store = dist.PrefixStore(f"restart {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store = dist.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, device)
@@ -233,7 +227,7 @@ def missing_compiler(device):
     if device.type == "mps":
         return ""
     names = ("c++", "g++", "clang++") if device.type == "cpu" else ("cc", "gcc", "clang")
-    if not any(shutil.which(name) for name in names):
+    if not any(map(shutil.which, names)):
         return "a C++ compiler" if device.type == "cpu" else "a C compiler"
     has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     return "" if has_headers else "Python.h (Debian: python3-dev)"
@@ -251,7 +245,6 @@ def matmul_flops(device, dtype, n=None, repeats=8):
     a = torch.ones(n, n, device=device, dtype=dtype)
     seconds = []
     for _ in range(repeats):
-        synchronize(device)
         start = time.perf_counter()
         a @ a
         synchronize(device)
@@ -261,11 +254,7 @@ def matmul_flops(device, dtype, n=None, repeats=8):
 
 def fastest_dtype(device):
     """Return "bfloat16" or "float32", whichever multiplies matrices faster on this device."""
-
-    def speed(name):
-        return matmul_flops(device, getattr(torch, name), 1024)
-
-    return max(("bfloat16", "float32"), key=speed)
+    return max(("bfloat16", "float32"), key=lambda name: matmul_flops(device, getattr(torch, name), 1024))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -296,12 +285,8 @@ def write_file(path, content):
 
 
 def finite(value):
-    """The value with None for NaN and infinity, which JSON lacks, at any depth."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """The value as JSON would give it back, with None for NaN and infinity, which JSON lacks."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def write_json(path, value):

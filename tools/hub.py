@@ -7,7 +7,6 @@ A published file is the state dict of the published training module. Its tensor 
 Config. The rest comes from a configuration beside the file, from the table PUBLISHED, or from flags.
 """
 
-import importlib.util
 import json
 import re
 import sys
@@ -16,45 +15,30 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import yaml  # a dependency of huggingface_hub
 
 import prepare
 from model import Config, check_field, config_from_dict
-from tools.common import (
-    Parser,
-    cli,
-    one_line,
-    replacing,
-    require,
-    sha256_of_file,
-    user_error,
-    write_json,
-)
+from tools.common import Parser, cli, one_line, read_json, replacing, require
+from tools.common import sha256_of_file, user_error, write_json
 from tools.run_folder import find_checkpoint, load_file, save_file
 
-# published weights: (T, n, name of the dataset in prepare.KNOWN)
+# published weights: name of the dataset in prepare.KNOWN. T is 3, n is 6 for Sudoku and 4 for the others.
 PUBLISHED = {
-    "alphaXiv/trm-model-sudoku": (3, 6, "sudoku"),
-    "alphaXiv/trm-model-maze": (3, 4, "maze"),
-    "alphaXiv/trm-model-arc-agi-1": (3, 4, "arc1"),
-    "arcprize/trm_arc_prize_verification/arc_v1_public": (3, 4, "arc1"),
-    "arcprize/trm_arc_prize_verification/arc_v2_public": (3, 4, "arc2"),
-    "Sanjin2024/TinyRecursiveModels-Sudoku-Extreme-mlp": (3, 6, "sudoku"),
-    "Sanjin2024/TinyRecursiveModels-Sudoku-Extreme-att": (3, 6, "sudoku"),
-    "Sanjin2024/TinyRecursiveModel-Maze-Hard": (3, 4, "maze"),
-    "Sanjin2024/TinyRecursiveModels-ARC-AGI-1": (3, 4, "arc1"),
-    "Sanjin2024/TinyRecursiveModels-ARC-AGI-2": (3, 4, "arc2"),
+    "alphaXiv/trm-model-sudoku": "sudoku",
+    "alphaXiv/trm-model-maze": "maze",
+    "alphaXiv/trm-model-arc-agi-1": "arc1",
+    "arcprize/trm_arc_prize_verification/arc_v1_public": "arc1",
+    "arcprize/trm_arc_prize_verification/arc_v2_public": "arc2",
+    "Sanjin2024/TinyRecursiveModels-Sudoku-Extreme-mlp": "sudoku",
+    "Sanjin2024/TinyRecursiveModels-Sudoku-Extreme-att": "sudoku",
+    "Sanjin2024/TinyRecursiveModel-Maze-Hard": "maze",
+    "Sanjin2024/TinyRecursiveModels-ARC-AGI-1": "arc1",
+    "Sanjin2024/TinyRecursiveModels-ARC-AGI-2": "arc2",
 }
 # Shapes do not determine these two; all of PUBLISHED use them.
 DEFAULTS = {"num_heads": 8, "puzzle_emb_len": 16}
 FIELDS = {f.name: f for f in fields(Config)}
-
-
-def note(text):
-    """Print a line to stderr, on rank 0 only."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"note: {text}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -72,12 +56,21 @@ NAMES = {
     "q_head": "q_head.weight",
     "q_bias": "q_head.bias",
 }
-# names within a block: of its mixer, and of the rest
-MIXER_NAMES = {
-    "attn": {"mix_in": "self_attn.qkv_proj", "mix_out": "self_attn.o_proj"},
-    "mlp": {"mix_in": "mlp_t.gate_up_proj", "mix_out": "mlp_t.down_proj"},
+# names within a block, by mixer
+BLOCK_NAMES = {
+    "attn": {
+        "mix_in": "self_attn.qkv_proj",
+        "mix_out": "self_attn.o_proj",
+        "mlp_in": "mlp.gate_up_proj",
+        "mlp_out": "mlp.down_proj",
+    },
+    "mlp": {
+        "mix_in": "mlp_t.gate_up_proj",
+        "mix_out": "mlp_t.down_proj",
+        "mlp_in": "mlp.gate_up_proj",
+        "mlp_out": "mlp.down_proj",
+    },
 }
-BLOCK_NAMES = {"mlp_in": "mlp.gate_up_proj", "mlp_out": "mlp.down_proj"}
 
 
 def published_names(cfg):
@@ -86,7 +79,7 @@ def published_names(cfg):
     if cfg.pos_encodings != "learned":
         del names["embed_pos"]
     for i in range(cfg.num_layers):
-        for ours, published in (MIXER_NAMES[cfg.mixer] | BLOCK_NAMES).items():
+        for ours, published in BLOCK_NAMES[cfg.mixer].items():
             names[f"blocks.{i}.{ours}"] = f"L_level.layers.{i}.{published}.weight"
     return names
 
@@ -98,17 +91,15 @@ def to_published(cfg, state):
 
 
 def from_published(state, settings):
-    """(Config, our float32 state dict) of a published state dict, with any wrapper or prefix.
+    """(Config, our state dict) of a published state dict, with any wrapper or prefix.
 
     settings: the fields of Config that shapes do not determine, and seq_len if a dataset is known.
     Raises UserError for missing or unknown tensors and for settings that do not fit."""
     remaining = unwrap(state)[0]
-    ours = {}
     with user_error("not a published TRM checkpoint, it lacks", KeyError):
         cfg = published_config(remaining, settings)
-        for name, published in published_names(cfg).items():
-            ours[name] = remaining.pop(published).float()
-    require(not remaining, f"the checkpoint has unknown tensors: {', '.join(sorted(remaining)[:4])}")
+        ours = {name: remaining.pop(published) for name, published in published_names(cfg).items()}
+    require(not remaining, f"the checkpoint has unknown tensors: {sorted(remaining)[:4]}")
     return cfg, ours
 
 
@@ -118,29 +109,31 @@ def published_config(state, settings):
         {"H_cycles", "L_cycles"} <= settings.keys(),
         "T and n are not stored with these weights; pass --H-cycles 3 --L-cycles 6 (sudoku) or 4 (maze, ARC)",
     )
-    assumed = {name: value for name, value in DEFAULTS.items() if name not in settings}
-    if assumed:  # only a low score would reveal that they are wrong
-        note(f"assuming {assumed}, because the weights come without these settings")
+    config = DEFAULTS | settings
+    if config != settings:  # only a low score would reveal that they are wrong
+        print(f"note: settings are missing beside the weights; assuming {DEFAULTS}", file=sys.stderr)
     V, D = state[NAMES["embed_tokens"]].shape
     n_puzzles, ndim = state[NAMES["puzzle_emb"]].shape
-    config = {**assumed, **settings}
     P = config["puzzle_emb_len"] or -(-ndim // D)  # 0 in published settings: as many as ndim needs
-    S = config.get("seq_len")
     mixer_out = state.get("L_level.layers.0.mlp_t.down_proj.weight")  # (L, I), only with mixer "mlp"
     positions = state.get(NAMES["embed_pos"], mixer_out)  # (L, ...)
-    if positions is None:  # RoPE fits any length
-        L = P + (S or {11: 81}.get(V, 900))
-    else:
-        L = len(positions)
-    fits = S in (None, L - P)
-    require(fits, f"{P} + {S} positions do not fit weights for {L}; pass --puzzle-emb-len or --data")
-    config |= {"hidden_size": D, "num_puzzles": n_puzzles, "puzzle_emb_ndim": ndim}
-    config |= {"puzzle_emb_len": P, "seq_len": L - P, "mixer": "attn" if mixer_out is None else "mlp"}
-    config["num_layers"] = len({key.split(".")[2] for key in state if key.startswith("L_level.")})
-    config["input_dim" if config.get("input_dim") else "vocab_size"] = V
+    S = config.get("seq_len") or {11: 81}.get(V, 900)  # RoPE fits any length
+    if positions is not None:
+        S = len(positions) - P
+    layers = {name.split(".")[2] for name in state if name.startswith("L_level.")}
+    shapes = {
+        "input_dim" if config.get("input_dim") else "vocab_size": V,
+        "seq_len": S,
+        "num_puzzles": n_puzzles,
+        "mixer": "attn" if mixer_out is None else "mlp",
+        "hidden_size": D,
+        "num_layers": len(layers),
+        "puzzle_emb_len": P,
+        "puzzle_emb_ndim": ndim,
+    }
     if NAMES["embed_pos"] in state:
-        config["pos_encodings"] = "learned"
-    return Config(**config)
+        shapes["pos_encodings"] = "learned"
+    return Config(**config | shapes)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -148,8 +141,8 @@ def published_config(state, settings):
 
 # published files have names such as step_32550
 WEIGHTS = re.compile(r"step[^./]*$|\.(pt|pth|bin|ckpt|safetensors)$")
-# keys of a checkpoint that describe its data; "identity" was the name of puzzle_ids_sha256
-TRAINED_ON = ("puzzle_ids_sha256", "identity", "recipe", "data", "data_test", "settings")
+# keys of a checkpoint that describe its data
+TRAINED_ON = ("puzzle_ids_sha256", "recipe", "data", "data_test")
 
 
 def unwrap(content):
@@ -175,10 +168,6 @@ def load_weights(path, verify=True):
 
     verify: compare the checksums of a torch file. Raises UserError."""
     path = Path(path)
-    require(
-        not re.search(r"-\d+-of-\d+\.|\.index\.json$", path.name),
-        f"{path} is only a part of a checkpoint; load all parts and torch.save the union of their dicts",
-    )
     if path.suffix == ".safetensors":
         with user_error(f"{path} cannot be read with the package safetensors", Exception):
             from safetensors.torch import load_file as load_safetensors
@@ -186,40 +175,41 @@ def load_weights(path, verify=True):
             content = load_safetensors(path)
     else:
         content = load_file(path, verify)
-    require(isinstance(content, dict), f"{path} contains a {type(content).__name__}, not a state dict")
+    require(isinstance(content, dict), f"{path} does not contain a state dict")
     by_train_py = "config" in content and "y0" in (content.get("model") or ())
     if not by_train_py:
         last, averaged = unwrap(content)
         config, origin = sidecar_config(path)
         content = {**origin, "state_dict": last, "ema": averaged, "config": config}
-    if "identity" in content:
+    if "identity" in content:  # its name before 2026-12
         content["puzzle_ids_sha256"] = content.pop("identity")
     return content
 
 
 def sidecar_config(path):
     """(fields of Config, TRAINED_ON) from the configuration beside a weights file; {} and {} without one."""
-    names = [f"{path.name}.config.json", "config.json", "all_config.yaml"]
-    same_stem = [p for p in path.parent.iterdir() if p.stem == path.stem and WEIGHTS.search(p.name)]
-    if len(same_stem) == 1:  # otherwise w.json may describe w.pt or w.bin
-        names[1:1] = [path.stem + end for end in (".config.json", ".json", ".yaml")]
-    for name in names:
-        file = path.with_name(name)
-        if file.is_file():
-            break
-    else:
+    names = [
+        f"{path.name}.config.json",
+        f"{path.stem}.config.json",  # of earlier exports
+        f"{path.stem}.json",
+        f"{path.stem}.yaml",
+        "config.json",
+        "all_config.yaml",
+    ]
+    file = next(filter(Path.is_file, map(path.with_name, names)), None)
+    if file is None:
         return {}, {}
     parse = json.loads if file.suffix == ".json" else yaml.safe_load
-    with user_error(file, OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
+    with user_error(file, Exception):
         saved = dict(parse(file.read_text()))
-        origin = dict(saved.get("trained_on", {}))
+        origin = saved.get("trained_on", {})
         saved |= saved.get("arch", {})  # a section of published configurations
     config = {}
     for name in FIELDS.keys() & saved.keys():
         if isinstance(saved[name], (int, float, str)):
             check_field(FIELDS[name], saved[name], file)
             config[name] = saved[name]
-    if "weights_sha256" in saved and file.name != "config.json":
+    if "weights_sha256" in saved:
         same = saved["weights_sha256"] == sha256_of_file(path)
         require(same, f"{file} was written for other weights than {path}; export these again")
     return config, origin
@@ -232,13 +222,11 @@ def read_model(content, settings, seq_len, ema):
     ema: take the averaged weights if there are any."""
     config = content["config"]
     for name in ("num_heads", "puzzle_emb_len", "pos_encodings"):  # no shape would reveal a wrong one
-        value = settings.get(name, config.get(name))
-        same = config.get(name, value) == value
-        require(same, f"the weights were trained with {name} {config.get(name)}, not {value}")
+        value = config.get(name)
+        same = settings.get(name, value) == value or name not in config
+        require(same, f"the weights were trained with {name} {value}; use the same")
     averaged = (ema and content.get("ema")) or {}
     if "state_dict" in content:
-        if averaged:
-            note("using the averaged (EMA) weights of the checkpoint; --no-ema takes the last ones")
         known = {"seq_len": seq_len, **config, **settings}
         cfg, state = from_published(content["state_dict"] | averaged, known)
     else:
@@ -254,7 +242,7 @@ def initial_weights(path, cfg, puzzle_ids_sha256):
     """The state dict for train.py --init. The puzzle table of other puzzles is replaced by its mean row."""
     content = load_weights(find_checkpoint(path))
     state = read_model(content, asdict(cfg), cfg.seq_len, ema=True)[1]
-    same_puzzles = content.get("puzzle_ids_sha256", puzzle_ids_sha256) == puzzle_ids_sha256
+    same_puzzles = content.get("puzzle_ids_sha256") in (None, puzzle_ids_sha256)
     if not same_puzzles or len(state["puzzle_emb"]) != cfg.num_puzzles:
         state["puzzle_emb"] = state["puzzle_emb"].mean(0).repeat(cfg.num_puzzles, 1)
     return state
@@ -265,17 +253,17 @@ def initial_weights(path, cfg, puzzle_ids_sha256):
 
 
 def fetch(name, world):
-    """(path, settings, prepare.Dataset or None) of OWNER/REPO[/FILE], in the cache of the hub's client.
+    """(path, settings, folder) of OWNER/REPO[/FILE], in the cache of the hub's client.
 
-    settings: fields of Config from PUBLISHED."""
+    settings: fields of Config from PUBLISHED. folder: of the dataset in PUBLISHED, else None."""
     match = re.fullmatch("([^/]+/[^/]+)/?(.*)", name)
     require(match, f"--hf {name} is not OWNER/REPO or OWNER/REPO/FILE; try alphaXiv/trm-model-maze")
     path, name = world.broadcast_object(download(*match.groups()) if world.rank == 0 else None)
-    for key, (T, n, dataset) in PUBLISHED.items():
+    for key, dataset in PUBLISHED.items():
         if name.startswith(f"{key}/"):
-            return path, {"H_cycles": T, "L_cycles": n, **DEFAULTS}, prepare.KNOWN[dataset]
-    test_dirs = sidecar_config(path)[1].get("data_test", [""])
-    return path, {}, prepare.known_dataset(test_dirs[0])
+            n = 6 if dataset == "sudoku" else 4
+            return path, {"H_cycles": 3, "L_cycles": n, **DEFAULTS}, prepare.KNOWN[dataset].folder
+    return path, {}, None
 
 
 def download(repo, wanted):
@@ -284,18 +272,15 @@ def download(repo, wanted):
 
     folder = None
     try:
-        files = [sibling.rfilename for sibling in HfApi().model_info(repo).siblings]
+        files = HfApi().list_repo_files(repo)
     except Exception as e:  # which errors the client raises depends on its version
-        reason = f"cannot reach {repo} ({one_line(e)})"
-        hint = f"fetch the file from https://huggingface.co/{repo} and pass it with --checkpoint"
-        with user_error(f"{reason} and it is not in the cache; {hint}", Exception):
+        print(f"note: cannot reach {repo} ({one_line(e)}); looking into the cache", file=sys.stderr)
+        with user_error(f"{repo} is not in the cache; pass a file with --checkpoint", Exception):
             # no patterns: the client would miss the files of the repository that are not downloaded
             folder = snapshot_download(repo, allow_patterns=[], local_files_only=True)
-        note(f"{reason}; using the cached {folder}")
-        paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-        files = [path.relative_to(folder).as_posix() for path in paths]
+        files = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*")]
     found = [file for file in files if file == wanted or (not wanted and WEIGHTS.search(file))]
-    require(len(found) == 1, f"{repo} has several files; pass --hf {repo}/FILE: {', '.join(files)}")
+    require(len(found) == 1, f"choose one file of {repo} and pass --hf {repo}/FILE: {files}")
     if folder is None:
         with user_error(f"cannot download {repo}", Exception):
             folder = snapshot_download(repo, allow_patterns=[*found, "*.json", "*.yaml"])
@@ -308,58 +293,56 @@ def export(file, content, cfg, state):
     Returns the path of that configuration."""
     published = to_published(cfg, state)
     if file.suffix == ".safetensors":
-        with (
-            replacing(file) as tmp,
-            user_error(f"cannot write {file} (pip install safetensors)", ImportError),
-        ):
+        hint = f"cannot write {file} (pip install safetensors)"
+        with replacing(file) as tmp, user_error(hint, ImportError):
             from safetensors.torch import save_file as save_safetensors
 
-            save_safetensors(published, tmp, metadata={"format": "pt"})
+            save_safetensors(published, tmp)
     else:
         save_file(file, published)
-    origin = {key: content[key] for key in TRAINED_ON if key in content}
+    origin = {key: content.get(key) for key in TRAINED_ON}
+    # the other settings are not needed, and some are private paths
+    origin["settings"] = {"canvases": content.get("settings", {}).get("canvases")}
     config = file.with_name(f"{file.name}.config.json")
     write_json(config, {**asdict(cfg), "weights_sha256": sha256_of_file(file), "trained_on": origin})
     return config
 
 
 # eval.TestTimeCompute of an evaluation without flags
-ALL_STEPS_ONCE = {"steps": None, "halt_threshold": None, "rollouts": 1, "noise": 0.0}
+ALL_STEPS_ONCE = {"steps": None, "halt_threshold": None, "rollouts": 1, "noise": 0.3}
 
 
-def push(repo, path, content, cfg, state, averaged):
+def push(repo, path, content, cfg, state):
     """Upload published weights with their configuration, results.json of eval.py and a model card."""
-    from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+    from huggingface_hub import EvalResult, HfApi, ModelCardData
 
     file = path.with_name("results.json")
-    weights = f"{path.name}, {'averaged' if averaged else 'last'} weights"
-    hint = f"{file} is not an evaluation of {weights} without flags; run python eval.py --checkpoint {path}"
-    with user_error(hint, OSError, ValueError, TypeError, KeyError):
-        results = json.loads(file.read_text())
-        same_weights = results["about"]["checkpoint"].endswith(weights)
-        same_config = results["config"] == asdict(cfg)
-        plain = results["test_time_compute"] == ALL_STEPS_ONCE
-    require(same_weights and same_config and plain, hint)
+    results = read_json(file) if file.exists() else {}
+    expected = {
+        "checkpoint": str(path),
+        "averaged weights": bool(content.get("ema")),
+        "test_time_compute": ALL_STEPS_ONCE,
+        "config": asdict(cfg),
+    }
+    hint = f"{file} is not an evaluation without flags; run python eval.py --checkpoint {path}"
+    require(results | expected == results, hint)
 
     # the model card: its metadata contain the metrics as a model-index
-    dataset = Path(results["about"]["data"]).name
-    measured = []
-    for metric, value in results["metrics"].items():
-        measured.append(EvalResult("other", dataset, dataset, metric, value, dataset_split="test"))
-    data = ModelCardData(model_name=Path(repo).name, eval_results=measured, tags=["tiny-recursive-model"])
-    command = f"python eval.py --hf {repo}"
-    card = ModelCard(
-        f"---\n{data.to_yaml()}\n---\n# {repo}\n\nWeights of a Tiny Recursive Model (arXiv 2510.04871). "
-        f"results.json has the scores on the test split of {dataset}. To reproduce them: `{command}`\n"
+    dataset = Path(results["data"]).name
+    task = ("other", dataset, dataset)
+    measured = [EvalResult(*task, *metric) for metric in results["metrics"].items()]
+    metadata = ModelCardData(model_name=repo, eval_results=measured).to_yaml()
+    card = (
+        f"---\n{metadata}\n---\nWeights of a Tiny Recursive Model (arXiv 2510.04871). results.json has the "
+        f"scores on the test split of {dataset}. To reproduce them: `python eval.py --hf {repo}`\n"
     )
-    name = "model.safetensors" if importlib.util.find_spec("safetensors") else "model.pt"
     with tempfile.TemporaryDirectory() as folder, user_error(f"cannot push to {repo}", Exception):
-        export(Path(folder, name), content, cfg, state).rename(Path(folder, "config.json"))
+        config = export(Path(folder, "model.pt"), content, cfg, state)
+        config.rename(Path(folder, "config.json"))
         write_json(Path(folder, "results.json"), results)
-        card.save(Path(folder, "README.md"))
+        Path(folder, "README.md").write_text(card)
         HfApi().create_repo(repo, exist_ok=True)
-        other_format = ["model.safetensors", "model.pt"]  # of an earlier push
-        HfApi().upload_folder(repo_id=repo, folder_path=folder, delete_patterns=other_format)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder)
     print(f"pushed to {repo}")
 
 
@@ -373,12 +356,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     path = find_checkpoint(args.run)
     content = load_weights(path)
-    cfg, state = read_model(content, {}, None, not args.no_ema)
+    if args.no_ema:
+        content["ema"] = None
+    cfg, state = read_model(content, {}, None, ema=True)
     if args.command == "push":
-        push(args.target, path, content, cfg, state, content.get("ema") and not args.no_ema)
+        push(args.target, path, content, cfg, state)
     else:
         config = export(Path(args.target), content, cfg, state)
-        print(f"wrote {args.target} and {config}; keep them together, the weights need their configuration")
+        print(f"wrote the weights and {config}; keep them together")
 
 
 if __name__ == "__main__":

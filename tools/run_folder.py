@@ -6,17 +6,15 @@ best.ckpt     the best of them by --monitor
 lock          held by the process that writes into the folder
 """
 
+import fcntl
 import json
 import os
-import pickle
 import platform
 import shutil
 import signal
-import struct
 import sys
 import time
 import zipfile
-import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,20 +22,6 @@ import torch
 from tqdm import tqdm
 
 from tools.common import UserError, finite, replacing, require, user_error, write_file
-
-READ_ERRORS = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-    OSError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AssertionError,
-    struct.error,
-)
 
 # ---------------------------------------------------------------------------------------------
 # Checkpoint files
@@ -58,11 +42,11 @@ def load_file(path, verify=True):
 
     verify: read the whole file and compare its checksums, which torch.load ignores. Raises UserError."""
     require(Path(path).is_file(), f"{path} not found")
-    with user_error(f"{path} cannot be read as a checkpoint", *READ_ERRORS):
+    with user_error(f"{path} cannot be read as a checkpoint", Exception):  # torch may raise almost anything
         is_zip = zipfile.is_zipfile(path)
         if is_zip and verify:
             with zipfile.ZipFile(path) as archive:
-                require(not archive.testzip(), f"{path} is damaged: a checksum is wrong")
+                require(not archive.testzip(), "it is damaged, because a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
@@ -98,7 +82,6 @@ def save_checkpoint(folder, step, content, keep_last):
 def link_or_copy(path, target):
     """Make target the same file: a hard link, or a copy on file systems without links."""
     with replacing(target) as tmp:
-        tmp.unlink(missing_ok=True)
         try:
             os.link(path, tmp)
         except OSError:
@@ -120,7 +103,7 @@ def newest_run(preset=None):
     """The run in runs/ that was written to last, of any preset or of the given one. Raises UserError."""
     found = []
     for log in Path("runs").glob("*/log.jsonl"):
-        start = next((r for r in read_log(log) if r["event"] == "start"), {})
+        start = (read_log(log) or [{}])[0]
         same_preset = preset in (None, start.get("settings", {}).get("preset"))
         if same_preset and checkpoints(log.parent):
             found.append(log)
@@ -137,14 +120,12 @@ def lock_folder(folder):
     """An open file that keeps other processes out of a run folder until it is closed or the process ends."""
     file = open(Path(folder, "lock"), "a+")
     try:
-        import fcntl  # not on native Windows
-
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "another process"
         raise UserError(f"{folder} is in use by {owner}; stop it, or pass another --run-dir") from None
-    except (ImportError, OSError):  # no locks on this system or file system
+    except OSError:  # this file system has no locks
         pass
     file.truncate(0)
     print(f"pid {os.getpid()} on {platform.node()}", file=file, flush=True)
@@ -174,8 +155,9 @@ class Log:
         path = Path(folder, "log.jsonl")
         self.lock = lock_folder(folder)
         if keep_until_step is not None:
-            earlier = [r for r in read_log(path) if r["step"] <= keep_until_step]
-            self.records = [r for r in earlier if r["event"] != "result"]
+            for r in read_log(path):
+                if r["step"] <= keep_until_step and r["event"] != "result":
+                    self.records.append(r)
         lines = [json.dumps(record) + "\n" for record in self.records]
         write_file(path, "".join(lines).encode())
         self.file = open(path, "a", buffering=1)  # line-buffered: a crash loses nothing
@@ -224,15 +206,15 @@ class StopSignals:
     `number` is the signal received (0: none). A second signal interrupts at once."""
 
     NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
-
-    def __init__(self):
-        self.number = 0
+    number = 0
 
     def __enter__(self):
-        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
-        # nohup ignores SIGHUP; leave it so
-        numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self.catch) for number in numbers}
+        self.before = {}
+        for name in self.NAMES:
+            number = getattr(signal, name)
+            # nohup ignores SIGHUP; leave it so
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.catch)
         return self
 
     def __exit__(self, *error):
