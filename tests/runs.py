@@ -33,21 +33,9 @@ FLAGS = (
 ).split()
 TIMINGS = {"train_s", "dt_ms", "settings", "line"}
 ALONE = common.World(0, 1, torch.device("cpu"))
-TINY = Config(
-    vocab_size=6,
-    seq_len=16,
-    hidden_size=32,
-    num_heads=2,
-    num_layers=1,
-    mixer="mlp",
-    pos_encodings="none",
-    puzzle_emb_len=1,
-    puzzle_emb_ndim=32,
-    H_cycles=1,
-    L_cycles=1,
-    halt_max_steps=4,
-    dtype="float32",
-)
+SIZES = dict(hidden_size=32, num_heads=2, num_layers=1, puzzle_emb_len=1, puzzle_emb_ndim=32)
+STEPS = dict(H_cycles=1, halt_max_steps=4, mixer="mlp", pos_encodings="none", dtype="float32")
+TINY = Config(vocab_size=6, seq_len=16, **SIZES, **STEPS)
 ARC_CFG = replace(TINY, vocab_size=12, seq_len=900, mixer="attn", pos_encodings="rope", halt_max_steps=2)
 
 
@@ -112,18 +100,9 @@ def arc_model(split, seed=0):
 def save_run(folder, split, model, **changes):
     """A run folder as train.py leaves it."""
     dirs = [str(d) for d in split.dirs]
-    content = {
-        "config": asdict(model.cfg),
-        "model": model.state_dict(),
-        "ema": None,
-        "puzzle_ids_sha256": split.puzzle_ids_sha256,
-        "recipe": split.recipe,
-        "data": dirs,
-        "data_test": dirs,
-        "settings": {"preset": "mini"},
-        "step": 10,
-        **changes,
-    }
+    content = dict(config=asdict(model.cfg), model=model.state_dict(), ema=None, settings={"preset": "mini"})
+    content |= dict(puzzle_ids_sha256=split.puzzle_ids_sha256, recipe=split.recipe, step=10)
+    content |= dict(data=dirs, data_test=dirs) | changes
     run_folder.save_file(folder / "step_00000010.ckpt", content)
     (folder / "latest.txt").write_text("step_00000010.ckpt\n")
     return folder
@@ -131,7 +110,6 @@ def save_run(folder, split, model, **changes):
 
 class Oracle(TRM):
     """Solves 4x4 Sudokus after `needs` supervision steps; q_halt is positive exactly when it is right.
-
     Features of the state y: 0 the tokens, 1 the number of steps, 2 the noise added so far."""
 
     noise_helps = False
@@ -284,10 +262,13 @@ def count_events(act, set_attribute=setattr):
 
     for name in ("forward_backward", "update", "log_step", "evaluate", "link_or_copy"):
         wrap(train, name)
-    wrap(run_folder, "save_file")
-    wrap(run_folder.Log, "write")
-    wrap(os, "replace")
-    wrap(torch, "save")
+    for owner, name in (
+        (run_folder, "save_file"),
+        (run_folder.Log, "write"),
+        (os, "replace"),
+        (torch, "save"),
+    ):
+        wrap(owner, name)
 
 
 def at(event, do):
@@ -295,12 +276,8 @@ def at(event, do):
     seen = []
 
     def act(name, number):
-        if not isinstance(event, tuple):
-            is_due = number == event
-        else:
-            seen.extend([name] * (name == event[0]))
-            is_due = name == event[0] and len(seen) == event[1]
-        if is_due:
+        seen.append(name)
+        if event in (number, (name, seen.count(name))):
             do()
 
     return act
@@ -308,14 +285,8 @@ def at(event, do):
 
 def without_curves(monkeypatch=None):
     """Pictures take a second each: only tests/test_draw.py draws."""
-
-    def plot(run_dirs, path):
-        return path
-
-    if monkeypatch:
-        monkeypatch.setattr(train.draw, "plot", plot)
-    else:
-        train.draw.plot = plot
+    set_attribute = monkeypatch.setattr if monkeypatch else setattr
+    set_attribute(train.draw, "plot", lambda run_dirs, path: path)
 
 
 def go(*argv):
@@ -324,11 +295,11 @@ def go(*argv):
 
 
 def child(rank, size, port, cwd, argv, event, action, output):
-    """One rank. action: a signal number that it sends itself at `event`, or a function to call before the run
-    if `event` is None; True: count the events into a file."""
+    """One rank. action: the signal that it sends itself at `event`; without an event, a function to call
+    before the run, or True to count the events into a file."""
     os.chdir(cwd)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(address, RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     file = os.open(f"{output}{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)

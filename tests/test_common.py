@@ -159,3 +159,15 @@ def test_the_log_of_a_resumed_run(tmp_path):
     log = run_folder.Log(tmp_path, keep_until_step=2)
     assert [r["step"] for r in log.records] == [0, 1, 2] and run_folder.read_log(log.file.name) == log.records
     log.close()
+
+
+@pytest.mark.parametrize(
+    "version, accepted", [("2.9.1", False), ("1.13.0+cpu", False), ("2.10.0", True), ("3.0", True)]
+)
+def test_an_old_torch_is_one_line(version, accepted, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    if accepted:
+        assert common.start_world("cpu").size == 1
+    else:
+        with pytest.raises(common.UserError, match=f"torch {version.split('+')[0]}.*torch>=2.10"):
+            common.start_world("cpu")

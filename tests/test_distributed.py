@@ -6,19 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import (
-    ROOT,
-    Ranks,
-    flags,
-    last,
-    log_of,
-    run_ranks,
-    same_run,
-    steps_of,
-    torchrun,
-    without_curves,
-    write_boards,
-)
+from runs import ROOT, Ranks, flags, last, log_of, run_ranks, same_run, steps_of, torchrun, without_curves
+from runs import write_boards
 
 import data
 import train

@@ -195,6 +195,9 @@ def keep_freed_memory():
 
 def start_world(device="auto", timeout_s=600):
     """Join the other processes if torchrun started this one (it sets RANK, WORLD_SIZE and LOCAL_RANK)."""
+    major, minor = torch.__version__.split(".")[:2]
+    is_recent = (int(major), int(minor)) >= (2, 10)
+    require(is_recent, f"torch {torch.__version__} is too old; install torch>=2.10, see requirements.txt")
     env = os.environ
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
     partly = "RANK" in env or "WORLD_SIZE" in env

@@ -7,6 +7,7 @@ A published file is the state dict of the published training module. Its tensor 
 Config. The rest comes from a configuration beside the file, from the table PUBLISHED, or from flags.
 """
 
+import importlib.util
 import json
 import re
 import sys
@@ -337,7 +338,9 @@ def push(repo, path, content, cfg, state):
         f"scores on the test split of {dataset}. To reproduce them: `python eval.py --hf {repo}`\n"
     )
     with tempfile.TemporaryDirectory() as folder, user_error(f"cannot push to {repo}", Exception):
-        config = export(Path(folder, "model.pt"), content, cfg, state)
+        has_safetensors = importlib.util.find_spec("safetensors") is not None
+        name = "model.safetensors" if has_safetensors else "model.pt"
+        config = export(Path(folder, name), content, cfg, state)
         config.rename(Path(folder, "config.json"))
         write_json(Path(folder, "results.json"), results)
         Path(folder, "README.md").write_text(card)
