@@ -1,7 +1,7 @@
 """The known datasets, and the writer that all builders share.
 
     python -m prepare sudoku maze              # download and build
-    python -m prepare mini-arc --source DIR    # build from the files in a folder
+    python -m prepare mini-arc --source DIR    # from files in a folder
 
 The builders are prepare/sudoku.py, prepare/maze.py and prepare/arc.py. Sudoku
 and maze share prepare/boards.py. data.py documents the format on disk.

@@ -1,6 +1,6 @@
 """Build an ARC dataset: colour and dihedral augmentations on a 30 x 30 canvas.
 
-    python prepare/arc.py                            # ARC-1, downloads its files
+    python prepare/arc.py                            # ARC-1, with download
     python -m prepare arc2                           # ARC-2
     python prepare/arc.py --source DIR --num-aug 8 --output-dir data/mine
     python -m prepare mini-arc mini-arc-tune         # 46 tasks of at most 6 x 6

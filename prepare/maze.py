@@ -1,8 +1,8 @@
 """Build a dataset of mazes: 30x30 from the hub or a file, or generated.
 
-    python prepare/maze.py                                # Maze-Hard, as in the paper
-    python -m prepare maze-gen                            # 100,000 generated boards of its kind
-    python prepare/maze.py --source generate --size 12 --output-dir data/maze-12x12
+    python prepare/maze.py          # Maze-Hard, as in the paper
+    python -m prepare maze-gen      # 100,000 generated boards of its kind
+    python prepare/maze.py --source generate --size 12 --output-dir data/maze-12
 
 A CSV file has a header with the columns question and answer. A board is
 size * size of '# SGo': wall, free, start, goal, path (in answers), tokens 1 to

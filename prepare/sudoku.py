@@ -1,7 +1,7 @@
 """Build a dataset of Sudokus: 9x9 from the hub or a file, or generated.
 
-    python prepare/sudoku.py --subsample-size 1000 --num-aug 1000    # as in the paper
-    python -m prepare mini                                           # 6x6, generated
+    python prepare/sudoku.py --subsample-size 1000 --num-aug 1000  # the paper's
+    python -m prepare mini                                         # 6x6
     python prepare/sudoku.py --source FILE --num-test 100 --output-dir data/mine
 
 A CSV file has a header with the columns question and answer. A board is

@@ -1,14 +1,16 @@
-"""ARC without learning, and a model with the puzzle embeddings of other tasks: scores to beat.
+"""ARC without learning, and a model with the puzzle embeddings of other tasks:
+scores to beat.
 
     python tests/arc_baselines.py data/arc-6x6-mini data/arc-6x6-mini-tune
-    python tests/arc_baselines.py data/arc-6x6-mini --checkpoint runs/mini-arc-...
+    python tests/arc_baselines.py data/arc-6x6-mini --checkpoint RUN
 
-A baseline sees the demonstrations of a task and one test input, and returns ranked answers. pass@K is the
-official mean over tasks. A task is solved if two attempts answer all its test inputs; the interval is
-Wilson's for the share of solved tasks.
+A baseline sees the demonstrations of a task and one test input, and returns
+ranked answers. pass@K is the official mean over tasks. A task is solved if two
+attempts answer all its test inputs; the interval is Wilson's for the share of
+solved tasks.
 
-The control of the model scores every row with the puzzle embedding of another task: the model sees the same
-grids, but cannot know which task it is.
+The control of the model scores every row with the puzzle embedding of another
+task: the model sees the same grids, but cannot know which task it is.
 """
 
 import sys

@@ -68,7 +68,7 @@ LAUNCHES = {
     "RANK=0": f"WORLD_SIZE and {NOT_SET}",
     "WORLD_SIZE=2": f"RANK and {NOT_SET}",
     "RANK=0 WORLD_SIZE=2": NOT_SET,
-    "SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=1": "Slurm started several tasks; start one per node and run torchrun in it",
+    "SLURM_STEP_NUM_TASKS=2": "Slurm started several tasks; start one per node and run torchrun in it",
     "LOCAL_RANK=2": "more processes than GPUs: use torchrun --nproc_per_node=2",
 }
 

@@ -1,4 +1,5 @@
-"""Measure how fast a training step and an evaluation are, also as a share of this machine's peak.
+"""Measure the speed of a training step and an evaluation, and their share of
+this machine's peak.
 
     python -m tools.bench --preset sudoku
     torchrun --nproc_per_node=8 -m tools.bench --preset arc1

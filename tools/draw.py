@@ -1,6 +1,6 @@
 """Pictures of runs and boards, and a table of runs.
 
-    python -m tools.draw RUN            curves: train_vs_val.png in the run folder
+    python -m tools.draw RUN          curves: train_vs_val.png in the run folder
     python -m tools.draw RUN RUN ...    comparison.png in the first folder
 
 The table gives mean and standard deviation over the seeds of finished runs with

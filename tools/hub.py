@@ -1,10 +1,12 @@
-"""Weights in the published format: read them from a file or the Hugging Face hub, export and push them.
+"""Weights in the published format: read them from a file or the Hugging Face
+hub, export and push them.
 
-    python -m tools.hub export RUN FILE       write FILE and its configuration, FILE.config.json
-    python -m tools.hub push RUN OWNER/NAME   upload weights, configuration, results.json and a model card
+    python -m tools.hub export RUN FILE       also writes FILE.config.json
+    python -m tools.hub push RUN OWNER/NAME   with results.json and a model card
 
-A published file is the state dict of the published training module. Its tensor shapes determine most of
-Config. The rest comes from a configuration beside the file, from the table PUBLISHED, or from flags.
+A published file is the state dict of the published training module. Its tensor
+shapes determine most of Config. The rest comes from a configuration beside the
+file, from the table PUBLISHED, or from flags.
 """
 
 import importlib.util
