@@ -821,7 +821,7 @@ def check_epochs(args, checkpoint):
     old = checkpoint["settings"]["epochs"]
     require(
         min(old, used) == min(args.epochs, used),
-        f"--epochs {args.epochs} would change epochs that this run of {old} has already used; start a new run",
+        f"--epochs {args.epochs} would change epochs that this run of {old} has used; start a new run",
     )
 
 
