@@ -34,7 +34,7 @@ FLAGS = (
 TIMINGS = {"train_s", "dt_ms", "settings", "line"}
 ALONE = common.World(0, 1, torch.device("cpu"))
 SIZES = dict(hidden_size=32, num_heads=2, num_layers=1, puzzle_emb_len=1, puzzle_emb_ndim=32)
-STEPS = dict(H_cycles=1, halt_max_steps=4, mixer="mlp", pos_encodings="none", dtype="float32")
+STEPS = dict(H_cycles=1, L_cycles=1, halt_max_steps=4, mixer="mlp", pos_encodings="none", dtype="float32")
 TINY = Config(vocab_size=6, seq_len=16, **SIZES, **STEPS)
 ARC_CFG = replace(TINY, vocab_size=12, seq_len=900, mixer="attn", pos_encodings="rope", halt_max_steps=2)
 
